@@ -1,0 +1,74 @@
+"""Training data drawn from the scenes world: pictures, captions and edits as tensors.
+
+Everything is a function of (seed, index), so a resumed program sees what an unkilled one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rewards.scenes.render import render, render_batch
+from rewards.scenes.world import Edit, Spec, Split, draw, rich, terse
+
+MIXTURE: Mapping[str, float] = {
+    "objects/1": 0.12,
+    "objects/2": 0.48,
+    "objects/3": 0.07,
+    "portraits": 0.13,
+    "text": 0.12,
+    "edits": 0.08,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB)."""
+
+    kind: str
+    caption: str
+    target: Spec
+    source: Spec | None = None
+
+    def picture(self, size: int) -> np.ndarray:
+        return render(self.target, size)
+
+    def source_picture(self, size: int) -> np.ndarray | None:
+        return None if self.source is None else render(self.source, size)
+
+
+def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.0) -> Example:
+    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones."""
+    category, _, level = kind.partition("/")
+    spec = draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
+    chosen = np.random.default_rng([7, seed]).random() < rich_share
+    caption = rich(spec) if chosen else terse(spec)
+    if isinstance(spec, Edit):
+        return Example(kind=kind, caption=caption, target=spec.target, source=spec.source)
+    return Example(kind=kind, caption=caption, target=spec)
+
+
+def mixture(
+    n: int, seed: int, split: Split = "train", weights: Mapping[str, float] = MIXTURE, rich_share: float = 0.0
+) -> list[Example]:
+    """`n` examples in the shares of `weights`, in a shuffled order."""
+    rng = np.random.default_rng([seed, n])
+    kinds, shares = list(weights), np.array(list(weights.values()))
+    picked = rng.choice(len(kinds), size=n, p=shares / shares.sum())
+    return [example(kinds[k], seed * 10_000_019 + i, split, rich_share) for i, k in enumerate(picked)]
+
+
+def rgba(pictures: np.ndarray) -> Float[Tensor, "b 4 h w"]:
+    """uint8 RGB (B, 3, H, W) to float RGBA in [-1, 1] with opaque alpha."""
+    floats = torch.from_numpy(pictures).float() / 127.5 - 1
+    return torch.cat([floats, torch.ones_like(floats[:, :1])], dim=1)
+
+
+def pictures(examples: list[Example], size: int) -> np.ndarray:
+    """Target pictures, uint8 RGB (B, 3, size, size)."""
+    return render_batch([e.target for e in examples], size)

@@ -1,0 +1,275 @@
+"""`rlhf pretrain`: the condition encoder (once, then frozen) and the flow-matching transformer of the scenes base.
+
+Stage `condition`: next-token prediction on captions in the pipeline's own templates, half of them behind their
+picture. Stage `transformer`: v = eps - x0 regression (arXiv:2210.02747), text-to-image and edits, the condition
+dropped for a tenth of the steps, sigma logit-normal and shifted as in sampling. `copies` noisy versions of a
+picture share the keys and values of its caption, which the block-causal model computes once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage21
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from pipelines.data.scenes import Example, mixture, pictures
+from rewards import images
+from rlhf import noise
+from rlhf.errors import ConfigError
+from rlhf.learner import Learner, LearnerConfig
+from rlhf.models import tiny
+from rlhf.policies.base import Condition
+from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy
+from rlhf.run import Run
+from rlhf.sampling import Sampler, sample
+from rlhf.training import Average, Pace, train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Size of the transformer: width = heads * head_dim."""
+
+    layers: int = 6
+    heads: int = 6
+    head_dim: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """`vae` and `condition` are directories made by `rlhf vae` and by the condition stage."""
+
+    stage: Literal["condition", "transformer"] = "transformer"
+    name: str = "pretrain"
+    runs: str = "runs"
+    vae: str | None = None
+    condition: str | None = None
+    seed: int = 0
+    threads: int = 1
+    size: int = 64
+    examples: int = 18000
+    batch: int = 16
+    copies: int = 4
+    dropout: float = 0.1
+    edit_share: float = 0.18  # of the batches; edits are few among the examples, being dear to encode
+    rich_share: float = 0.15
+    shift: float = 0.5  # sigma = e^shift u / (1 + (e^shift - 1) u), u = sigmoid of a standard normal
+    network: Network = field(default_factory=Network)
+    pace: Pace = field(default_factory=lambda: Pace(steps=6000, save_every=500, ema=0.999))
+    learner: LearnerConfig = field(
+        default_factory=lambda: LearnerConfig(lr=1e-3, warmup_steps=200, total_steps=6000)
+    )
+
+    def check(self) -> None:
+        if self.stage == "transformer" and not (self.vae and self.condition):
+            raise ConfigError(
+                "stage transformer: expected vae=DIR and condition=DIR, got"
+                f" vae={self.vae} condition={self.condition}: run `rlhf vae` and stage=condition first"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: expected a share below 1, got {self.dropout}: 0.1 is usual")
+
+
+def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
+    """Train one stage; the result is in `<run>/condition` or, as a complete pipeline, in `<run>/model`."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "pretrain")
+    return (_condition if config.stage == "condition" else _transformer)(config, home)
+
+
+# --- the condition encoder -----------------------------------------------------------------------------------
+
+
+def _condition(config: Config, home: Run) -> dict[str, Any]:
+    began = time.monotonic()
+    shown = mixture(config.examples, config.seed + 1, rich_share=0.5)
+    processor = tiny.make_processor(tiny.make_tokenizer(e.caption for e in shown))
+    model = tiny.make_text_encoder(processor.tokenizer).train()
+    rendered = pictures(shown, config.size)
+
+    def batch_of(step: int) -> Mapping[str, Tensor]:
+        picked = torch.randint(len(shown), (config.batch,), generator=noise.generator(config.seed, 12, step))
+        captions = [shown[i].caption for i in picked]
+        if step % 2:
+            return processor(text=[_T2I.format(c) for c in captions], padding=True, return_tensors="pt")
+        pics = [images.to_pil(rendered[i]) for i in picked]
+        return processor(text=[_CAPTION.format(c) for c in captions], images=pics, padding=True, return_tensors="pt")
+
+    def objective(batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        ids = batch["input_ids"]
+        ignored = (batch["attention_mask"] == 0) | (ids == processor.image_token_id)
+        return model(**batch, labels=ids.masked_fill(ignored, -100)).loss, {}
+
+    train(home, Learner(dict(model.named_parameters()), config.learner), batch_of, objective, config.pace)
+    model.eval().save_pretrained(home.root / "condition" / "text_encoder")
+    processor.save_pretrained(home.root / "condition" / "processor")
+    with torch.no_grad():
+        losses = [float(objective(batch_of(10_000_000 + i))[0]) for i in range(8)]
+    metrics = {"loss/caption": {"value": float(np.mean(losses[1::2]))}, "loss/captioning": {"value": float(np.mean(losses[::2]))}}
+    return home.write_result(time.monotonic() - began, metrics)
+
+
+_HEAD = f"<|im_start|>system\n{tiny.SYSTEM}<|im_end|>\n<|im_start|>user\n"
+_T2I = _HEAD + "{}<|im_end|>\n<|im_start|>assistant\n"
+_CAPTION = _HEAD + "<image1><|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+
+
+# --- the transformer -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Examples of one layout: packed latents (n, N, C), their conditions, and those of the empty prompt."""
+
+    latents: Tensor
+    condition: Condition
+    empty: Condition
+
+
+def _stack(conditions: list[Condition]) -> Condition:
+    sources = [c.sources_PMC for c in conditions if c.sources_PMC is not None]
+    return Condition(
+        embeds_PLD=torch.cat([c.embeds_PLD for c in conditions]),
+        image_slots_L=conditions[0].image_slots_L,
+        sources_PMC=torch.cat(sources) if sources else None,
+        source_shapes=conditions[0].source_shapes,
+    )
+
+
+def _take(condition: Condition, index: Tensor) -> Condition:
+    return Condition(
+        embeds_PLD=condition.embeds_PLD[index],
+        image_slots_L=condition.image_slots_L,
+        sources_PMC=None if condition.sources_PMC is None else condition.sources_PMC[index],
+        source_shapes=condition.source_shapes,
+    )
+
+
+@torch.no_grad()
+def make_buckets(policy: QwenImage21Policy, examples: list[Example], size: int, least: int) -> list[Bucket]:
+    """Latents and conditions of all examples by layout; layouts rarer than `least` are left out."""
+    from pipelines.data.scenes import rgba
+
+    vae = policy.pipeline.vae
+    grouped: dict[Any, list[tuple[Tensor, Condition, Condition]]] = defaultdict(list)
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        packed = policy.pack(vae.encode(rgba(pictures(part, size)).unsqueeze(2)).latent_dist.mode()[:, :, 0])
+        plain = policy.encode_variants([e.caption for e in part])
+        nothing = policy.encode("")
+        for one, latent, condition in zip(part, packed, plain, strict=True):
+            picture, empty = one.source_picture(size), nothing
+            if picture is not None:
+                condition, empty = policy.encode_variants([one.caption, ""], (picture,))
+            grouped[condition.layout].append((latent, condition, empty))
+        policy.forget()
+    return [
+        Bucket(
+            latents=torch.stack([latent for latent, _, _ in rows]),
+            condition=_stack([c for _, c, _ in rows]),
+            empty=_stack([e for _, _, e in rows]),
+        )
+        for rows in grouped.values()
+        if len(rows) >= least
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    latents: Tensor
+    condition: Condition
+    noise: Tensor
+    sigma: Tensor
+
+
+def _shares(buckets: list[Bucket], edit_share: float) -> Tensor:
+    """How often each bucket is drawn: by its size, with edits together at `edit_share`."""
+    counts = torch.tensor([float(len(b.latents)) for b in buckets])
+    edits = torch.tensor([b.condition.sources_PMC is not None for b in buckets])
+    if not edits.any() or edits.all():
+        return counts
+    counts[edits] *= edit_share / counts[edits].sum()
+    counts[~edits] *= (1 - edit_share) / counts[~edits].sum()
+    return counts
+
+
+def draw_batch(config: Config, buckets: list[Bucket], step: int) -> Batch:
+    """Batch number `step`: one bucket, `batch` of its examples, `copies` noise levels each."""
+    rows = noise.generator(config.seed, 13, step)
+    shares = _shares(buckets, config.edit_share)
+    bucket = buckets[int(torch.multinomial(shares, 1, generator=rows))]
+    index = torch.randint(len(bucket.latents), (config.batch,), generator=rows)
+    dropped = float(torch.rand(1, generator=rows)) < config.dropout
+    latents = bucket.latents[index].repeat_interleave(config.copies, dim=0)
+    u = torch.randn(len(latents), generator=rows).sigmoid()
+    odds = math.exp(config.shift)
+    return Batch(
+        latents=latents,
+        condition=_take(bucket.empty if dropped else bucket.condition, index),
+        noise=torch.randn(latents.shape, generator=rows),
+        sigma=odds * u / (1 + (odds - 1) * u),
+    )
+
+
+def flow_matching(policy: QwenImage21Policy, batch: Batch, size: tuple[int, int]) -> Tensor:
+    """Mean squared error of v(x_sigma) against eps - x0."""
+    sigma = batch.sigma[:, None, None]
+    x = (1 - sigma) * batch.latents + sigma * batch.noise
+    prefix = policy.prefix(batch.condition)
+    v = policy.velocity(x, batch.sigma, batch.condition, size=size, prefix=prefix)
+    return (v - (batch.noise - batch.latents)).pow(2).mean()
+
+
+def _transformer(config: Config, home: Run) -> dict[str, Any]:
+    began = time.monotonic()
+    size = (config.size, config.size)
+    condition = Path(str(config.condition))
+    pipeline = tiny.assemble(
+        AutoencoderKLQwenImage21.from_pretrained(config.vae),
+        Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder"),
+        Qwen3VLProcessor.from_pretrained(condition / "processor"),
+        tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
+    )
+    policy = QwenImage21Policy(pipeline, PolicyConfig(train="full"))
+    examples = mixture(config.examples, config.seed + 3, rich_share=config.rich_share)
+    buckets = make_buckets(policy, examples, config.size, least=config.batch)
+    shown = mixture(16, config.seed + 4, "heldout")
+
+    def preview(step: int, average: Average | None) -> dict[str, float]:
+        if average is not None:
+            policy.slots.load("ema", average.tensors)
+        slot = "ema" if average is not None else "train"
+        sampler = Sampler(steps=20, guidance=3.0, height=size[0], width=size[1])
+        rows = []
+        for i, one in enumerate(shown):
+            picture = one.source_picture(config.size)
+            sources = () if picture is None else (picture,)
+            rows.append(sample(policy, sampler, one.caption, sources=sources, seeds=(i, i + 1000), slot=slot).pixels)
+        images.contact_sheet(list(torch.cat(rows).numpy()), columns=8).save(home.samples / f"step_{step:06d}.png")
+        return {}
+
+    learner = Learner(policy.slots.parameters, config.learner)
+    average = train(
+        home,
+        learner,
+        lambda step: draw_batch(config, buckets, step),
+        lambda batch: (flow_matching(policy, batch, size), {}),
+        config.pace,
+        preview=preview,
+    )
+    if average is not None:
+        average.copy_to(policy.slots.parameters)
+    pipeline.save_pretrained(home.root / "model")
+    with torch.no_grad():
+        losses = [float(flow_matching(policy, draw_batch(config, buckets, 10_000_000 + i), size)) for i in range(16)]
+    return home.write_result(time.monotonic() - began, {"loss/flow": {"value": float(np.mean(losses)), "n": 16}})

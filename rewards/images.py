@@ -1,0 +1,138 @@
+"""The one place where pictures change type: uint8 arrays, float tensors, PIL and files.
+
+Everywhere else a picture is uint8 RGB, (3, H, W) or (B, 3, H, W). Floats are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from rewards.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Picture = UInt8[np.ndarray, "3 h w"]
+
+
+def _check(chw: object, dims: int) -> None:
+    shape, dtype = getattr(chw, "shape", None), getattr(chw, "dtype", None)
+    if (
+        shape is None
+        or len(shape) != dims
+        or shape[-3] != 3
+        or str(dtype) not in ("uint8", "torch.uint8")
+    ):
+        layout = "(3, H, W)" if dims == 3 else "(B, 3, H, W)"
+        raise ImageError(
+            f"expected uint8 RGB {layout}, got {dtype} {shape}: convert with rewards.images"
+        )
+
+
+def to_pil(chw) -> Image.Image:
+    """uint8 (3, H, W) -> PIL RGB. Raises ImageError for another layout or dtype."""
+    _check(chw, 3)
+    return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)), "RGB")
+
+
+def from_pil(image: Image.Image) -> Picture:
+    """PIL of any mode -> uint8 (3, H, W). Transparent parts are laid on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(ground, image)
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
+
+
+def to_float(bchw) -> Float[Tensor, "b 3 h w"]:
+    """uint8 (B, 3, H, W), array or tensor -> float32 tensor, 0 -> -1 and 255 -> 1."""
+    import torch
+
+    _check(bchw, 4)
+    return torch.as_tensor(bchw).to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(bchw: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Float tensor in [-1, 1] -> uint8 tensor, rounded and clamped; inverts `to_float`.
+
+    Raises:
+        ImageError: a value that is not finite.
+    """
+    import torch
+
+    if not bool(torch.isfinite(bchw).all()):
+        raise ImageError(
+            "expected finite pixels, got NaN or infinity: the decoder or its latents broke down"
+        )
+    return ((bchw.detach().float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def contact_sheet(rows, columns: int = 8, gap: int = 2) -> Image.Image:
+    """Pictures side by side on white, no captions.
+
+    Args:
+        rows: uint8 (3, H, W) pictures laid out `columns` to a row, or a list of such lists, one per
+        row. columns: pictures per row for a flat list. gap: pixels between pictures.
+
+    Raises:
+        ImageError: no picture, or pictures of unequal size.
+    """
+    rows = list(rows)
+    if rows and not isinstance(rows[0], Sequence):
+        rows = [rows[i : i + columns] for i in range(0, len(rows), columns)]
+    pictures = [picture for row in rows for picture in row]
+    sizes = {tuple(picture.shape) for picture in pictures}
+    if len(sizes) != 1:
+        raise ImageError(
+            f"expected pictures of one size, got {sorted(sizes) or 'none'}: resize them first"
+        )
+    _check(pictures[0], 3)
+    _, height, width = sizes.pop()
+    across = max(len(row) for row in rows)
+    size = (across * (width + gap) + gap, len(rows) * (height + gap) + gap)
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            sheet.paste(to_pil(picture), (gap + c * (width + gap), gap + r * (height + gap)))
+    return sheet
+
+
+def save_png(path: str | os.PathLike[str], chw) -> Path:
+    """Write uint8 (3, H, W), or a PIL picture, as PNG, whole or not at all."""
+    path = Path(path)
+    image = chw if isinstance(chw, Image.Image) else to_pil(chw)
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(buffer.getvalue())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_image(path: str | os.PathLike[str]) -> Picture:
+    """A picture file -> uint8 RGB (3, H, W). Raises ImageError if it is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return from_pil(image)
+    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
+        raise ImageError(
+            f"expected a picture file at {path}, got {type(error).__name__}: {error}"
+        ) from error
+    except OSError as error:
+        raise ImageError(
+            f"expected a whole picture at {path}, got {error}: write it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""A procedural world with known truth: specs, pictures and an oracle."""

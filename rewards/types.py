@@ -1,0 +1,124 @@
+"""The nouns of judging: a sample goes in, a score with a state comes out.
+
+Example: two prompts with three pictures each, one judge. `Scores.table["oracle/fidelity"]` is two
+groups of three scores; a picture the judge broke down on has `Score(value=None, state="failed",
+reason=...)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from rewards.errors import JudgeError, RewardConfigError
+
+State = Literal["ok", "na", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One picture to judge and all that a judge may look at. Never a policy, a seed or a run."""
+
+    image: UInt8[np.ndarray, "3 h w"]  # RGB
+    prompt: str
+    category: str
+    sources: tuple[UInt8[np.ndarray, "3 _ _"], ...] = ()  # pictures the edit started from, RGB
+    target: str | None = None  # what the judge checks against; for scenes `world.dump(spec)`
+    columns: Mapping[str, object] = field(default_factory=dict)  # free columns of the prompt set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """`ok` has a finite value. `na`: the judge does not apply. `failed`: it should have, and did
+    not answer.
+
+    Raises:
+        JudgeError: a value that is not finite, or a value beside another state than `ok`.
+    """
+
+    value: float | None = None
+    state: State = "ok"
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)  # what the value was made of
+
+    def __post_init__(self) -> None:
+        if self.state not in ("ok", "na", "failed"):
+            raise JudgeError(
+                f"expected state ok, na or failed, got {self.state!r}: use one of them"
+            )
+        if self.state == "ok" and (self.value is None or not math.isfinite(self.value)):
+            raise JudgeError(
+                f"expected a finite value with state 'ok', got {self.value}: "
+                "use state 'na' where the judge does not apply, 'failed' where it broke down"
+            )
+        if self.state != "ok" and self.value is not None:
+            raise JudgeError(
+                f"expected no value with state {self.state!r}, got {self.value}: leave it out"
+            )
+
+
+def not_applicable(reason: str) -> Score:
+    """A score for a sample that the judge is not made for."""
+    return Score(state="na", reason=reason)
+
+
+def failed(reason: str) -> Score:
+    """A score for a sample that the judge did not answer for."""
+    return Score(state="failed", reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeCard:
+    """Who judges: name, revision of weights, hash of preprocessing, range of scores."""
+
+    name: str
+    revision: str
+    preprocessing: str
+    categories: tuple[str, ...] = ("*",)  # "*" is all
+    low: float = 0.0
+    high: float = 1.0
+    noise_floor: float = (
+        0.0  # spread of scores that means nothing; enters the advantage's denominator
+    )
+    needs_source: bool = False
+    licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or self.noise_floor < 0:
+            raise RewardConfigError(
+                f"judge {self.name!r}: expected low < high and noise_floor >= 0, "
+                f"got {self.low}, {self.high} and {self.noise_floor}: correct its card"
+            )
+
+    def covers(self, category: str) -> bool:
+        """Whether the judge is made for a prompt category."""
+        return "*" in self.categories or category in self.categories
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What all judges said of P groups of G samples: judge name -> groups -> samples, rectangular.
+
+    Raises:
+        JudgeError: a judge without a table, a table without a judge, or tables of unequal shape.
+    """
+
+    judges: tuple[JudgeCard, ...]
+    table: Mapping[str, tuple[tuple[Score, ...], ...]]
+
+    def __post_init__(self) -> None:
+        names = [card.name for card in self.judges]
+        if sorted(names) != sorted(self.table):
+            raise JudgeError(
+                f"expected one table per judge {names}, got {list(self.table)}: name each once"
+            )
+        shapes = {tuple(len(group) for group in groups) for groups in self.table.values()}
+        if len(shapes) > 1 or any(len(set(shape)) > 1 for shape in shapes):
+            raise JudgeError(
+                f"expected P x G scores of every judge, got group sizes {sorted(shapes)}"
+            )

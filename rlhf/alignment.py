@@ -1,0 +1,268 @@
+"""The learner of an alignment run: rollouts and advantages in, new weights out.
+
+Guidance of the objective is `train_guidance`, 1 by default: the unconditional branch is not evaluated at all. The
+micro-batch is the group. All draws are keyed by (seed, iteration, update, group).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewards import images
+from rlhf import checkpoint, noise, weights
+from rlhf.errors import ConfigError, ReplayMismatch, StaleRollouts
+from rlhf.learner import Learner, LearnerConfig
+from rlhf.losses import LOSSES, Loss, LossTerms, grpo, keep_live, nft, noised, summarise, transition_log_prob
+from rlhf.policies.base import Condition, Policy
+from rlhf.types import Advantages, Rollouts, StepReport, Version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """Which loss, and how often one batch of rollouts is used.
+
+    `behaviour_lag`: after iteration i the behaviour slot keeps min(lag_max, lag_rate * i) of itself (NFT); for ratio
+    losses it becomes `train`. `sigma_span` is the part of the grid that NFT draws from, 0 = noise end.
+    """
+
+    name: str = "nft"
+    updates_per_rollout: int = 6
+    clip_low: float = 1e-4
+    clip_high: float = 1e-4
+    beta: float = 1.0
+    adv_max: float = 2.0
+    kl: float = 0.0
+    lag_max: float = 0.7
+    lag_rate: float = 0.02
+    sigma_span: tuple[float, float] = (0.0, 1.0)
+    old_logp: Literal["rollout", "replay"] = "rollout"
+    replay_tolerance: float = 1e-6
+
+    def check(self) -> None:
+        if self.name not in LOSSES:
+            raise ConfigError(f"loss.name: expected one of {', '.join(LOSSES)}, got '{self.name}'")
+        if self.updates_per_rollout < 1:
+            raise ConfigError(f"loss.updates_per_rollout: expected at least 1, got {self.updates_per_rollout}")
+        if not 0 <= self.sigma_span[0] < self.sigma_span[1] <= 1:
+            raise ConfigError(f"loss.sigma_span: expected 0 <= low < high <= 1, got {self.sigma_span}")
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignmentConfig:
+    """What the learner needs to know of a run."""
+
+    seed: int = 0
+    train_guidance: float = 1.0
+    reference_guidance: float = 1.0
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+class AlignmentLearner:
+    """Owns the policy's slots. `behaviour` is what rollouts use; it starts equal to `train`."""
+
+    def __init__(self, policy: Policy, config: AlignmentConfig) -> None:
+        self.policy, self.config = policy, config
+        self.learner = Learner(policy.slots.parameters, config.learner)
+        self.iteration = 0
+        policy.slots.copy("train", "behaviour")
+
+    # --- the verbs -------------------------------------------------------------------------------------------
+
+    def publish(self, slot: str) -> weights.Handover:
+        """A slot for the rollout workers, with its checksum and probe."""
+        return weights.prepare(self.policy, slot, self.iteration)
+
+    def update(self, rollouts: Sequence[Rollouts], advantages: Advantages) -> StepReport:
+        """`updates_per_rollout` optimiser steps on one batch of rollouts, then the behaviour slot follows.
+
+        Raises:
+            StaleRollouts: rollouts that were not sampled by the current behaviour slot.
+            ReplayMismatch: the first ratio is not 1.
+        """
+        self._check_versions(rollouts)
+        total = max(int(advantages.live_PG.sum()), 1)
+        weight_PG = advantages.live_PG.float() / total
+        batch = list(zip(rollouts, advantages.value_PG, weight_PG, strict=True))
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        for update in range(self.config.loss.updates_per_rollout):
+            terms: list[LossTerms] = []
+
+            def objective(item: tuple[Rollouts, Tensor, Tensor], update=update, terms=terms):
+                term = self._terms(item[0], item[1], item[2], update)
+                terms.append(term)
+                return term.loss, {}
+
+            outcome = self.learner.step(batch, objective)
+            last = summarise(terms) | {"grad_norm": outcome.grad_norm}
+            first = first or last
+        self.iteration += 1
+        self._follow()
+        if "ratio/max_dev" in first:
+            last["ratio/first_max_dev"] = first["ratio/max_dev"]
+        last |= self._diagnostics(rollouts[0])
+        return StepReport(iteration=self.iteration, metrics=last)
+
+    def _check_versions(self, rollouts: Sequence[Rollouts]) -> None:
+        mine = Version(
+            slot="behaviour",
+            step=self.iteration,
+            checksum=weights.checksum(self.policy.slots.tensors("behaviour")),
+        )
+        for one in rollouts:
+            if one.ref.version != mine:
+                raise StaleRollouts(f"expected rollouts of {mine}, got {one.ref.version}: publish before rollout")
+
+    def _follow(self) -> None:
+        loss = self.config.loss
+        if loss.loss.form is None:
+            self.policy.slots.lag("behaviour", min(loss.lag_max, loss.lag_rate * self.iteration))
+        else:
+            self.policy.slots.copy("train", "behaviour")
+
+    # --- the loss of one group -------------------------------------------------------------------------------
+
+    def _terms(self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int) -> LossTerms:
+        if self.config.loss.loss.form is None:
+            return self._forward_process(rollouts, advantage_G, weight_G, update)
+        return self._ratio(rollouts, advantage_G, weight_G, update)
+
+    def _conditions(self, rollouts: Rollouts) -> tuple[Condition, Condition | None]:
+        prompt = rollouts.ref.prompt
+        sources = [images.load_image(p) for p in prompt.sources]
+        condition = self.policy.encode(prompt.text, sources)
+        guided = self.config.train_guidance > 1
+        return condition, self.policy.encode(prompt.negative, sources) if guided else None
+
+    def _velocity(self, x: Tensor, sigma: Tensor, rollouts: Rollouts, slot: str) -> Tensor:
+        """The field that is trained: v_c, or the guided one where `train_guidance` says so."""
+        size = (rollouts.geometry.height, rollouts.geometry.width)
+        fields = []
+        for condition in self._conditions(rollouts):
+            if condition is not None:
+                prefix = self.policy.prefix(condition, slot) if rollouts.geometry.cached_prefix else None
+                fields.append(self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot))
+        if len(fields) == 1:
+            return fields[0]
+        return fields[1] + self.config.train_guidance * (fields[0] - fields[1])
+
+    def _forward_process(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
+        loss, key = self.config.loss, (self.config.seed, self.iteration, update, rollouts.ref.group)
+        rows = noise.generator(21, *key)
+        x0 = keep_live(rollouts.x0_GNC, weight_G)
+        grid = torch.tensor(rollouts.schedule.sigmas[:-1])
+        low, high = (int(round(f * len(grid))) for f in loss.sigma_span)
+        sigma = grid[torch.randint(low, max(high, low + 1), (len(x0),), generator=rows)]
+        x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
+        with torch.no_grad():
+            v_old = self._velocity(x, sigma, rollouts, "behaviour")
+            v_ref = self._velocity(x, sigma, rollouts, "reference") if loss.kl > 0 else None
+        v_theta = self._velocity(x, sigma, rollouts, "train")
+        return nft(
+            v_theta, v_old, x, x0, sigma, advantage_G, weight_G, loss.beta, loss.adv_max, v_ref, loss.kl
+        )
+
+    def _ratio(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
+        loss, t = self.config.loss, rollouts.trajectory
+        if t is None:
+            raise ConfigError(f"loss {loss.name} needs the trajectory, the rollouts hold none: use kernel flow-sde")
+        keep = [keep_live(a, weight_G, axis=1) for a in (t.x_KGNC, t.next_KGNC, t.shift_KGNC) if a is not None]
+        x, after, shift = keep
+        logp = self._log_probs(rollouts, x, after, shift, "train")
+        old = t.logp_KG
+        if loss.old_logp == "replay" and update == 0:
+            with torch.no_grad():
+                self._replayed = getattr(self, "_replayed", {})
+                self._replayed[rollouts.ref.group] = self._log_probs(rollouts, x, after, shift, "behaviour")
+        if loss.old_logp == "replay":
+            old = self._replayed[rollouts.ref.group]
+        terms = grpo(logp, keep_live(old, weight_G, axis=1), advantage_G, weight_G, loss.clip_low, loss.clip_high)
+        deviation = float(terms.maxima["ratio/max_dev"])
+        if update == 0 and not deviation <= loss.replay_tolerance:
+            raise ReplayMismatch(
+                f"before the first update the log-probs of group {rollouts.ref.group} differ by {deviation:.2e}"
+                f" (limit {loss.replay_tolerance:.0e}): rollout and learner do not compute the same policy; use"
+                " loss.old_logp=replay, or the same dtype, cache mode and weights on both sides"
+            )
+        return terms
+
+    def _log_probs(self, rollouts: Rollouts, x, after, shift, slot: str) -> Tensor:
+        """(K, G): all trained steps of the group in one call."""
+        t, grid = rollouts.trajectory, rollouts.schedule
+        assert t is not None
+        k, g = x.shape[:2]
+        sigma = torch.tensor([grid.sigmas[i] for i in t.index_K]).repeat_interleave(g)
+        v = self._velocity(x.flatten(0, 1), sigma, rollouts, slot).unflatten(0, (k, g))
+        form = self.config.loss.loss.form or "plain"
+        return torch.stack(
+            [transition_log_prob(v[j], x[j], after[j], grid, i, form, shift[j]) for j, i in enumerate(t.index_K)]
+        )
+
+    @torch.no_grad()
+    def _diagnostics(self, rollouts: Rollouts) -> dict[str, float]:
+        """How far train went from the reference, and how much of it points along guidance (one group)."""
+        x0 = rollouts.x0_GNC
+        if not torch.isfinite(x0).all():
+            return {}
+        rows = noise.generator(22, self.config.seed, self.iteration)
+        sigma = torch.full((len(x0),), 0.7)
+        x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
+        size = (rollouts.geometry.height, rollouts.geometry.width)
+        prompt = rollouts.ref.prompt
+        condition = self.policy.encode(prompt.text, [images.load_image(p) for p in prompt.sources])
+        empty = self.policy.encode(prompt.negative, [images.load_image(p) for p in prompt.sources])
+        v, ref = (self.policy.velocity(x, sigma, condition, size=size, slot=s) for s in ("train", "reference"))
+        v_u = self.policy.velocity(x, sigma, empty, size=size, slot="reference")
+        moved, along = (v - ref).flatten(1), (ref - v_u).flatten(1)
+        return {
+            "norm/velocity_ratio": float(v.norm() / ref.norm()),
+            "kl/velocity": float((v - ref).square().mean()),
+            "guidance/cosine": float(torch.cosine_similarity(moved, along, dim=1, eps=1e-12).mean()),
+            "guidance/gap": float(along.square().mean().sqrt()),
+        }
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
+        """A checkpoint of every slot, the optimiser and the counters. Raises CheckpointError."""
+        optimiser, counters = self.learner.state()
+        slots = self.policy.slots
+        tensors = {f"slots/{s.replace('/', '.')}": slots.tensors(s) for s in slots.names}
+        state = checkpoint.State(
+            tensors={**tensors, "optimiser": optimiser},
+            meta={"learner": counters, "iteration": self.iteration},
+        )
+        checkpoint.save(folder, step, state, keep_last=keep_last, keep_best=keep_best, metric=metric)
+
+    def load(self, path: Path) -> int:
+        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError."""
+        state = checkpoint.load(path)
+        for name, tensors in state.tensors.items():
+            if name.startswith("slots/"):
+                self.policy.slots.load(name.removeprefix("slots/").replace(".", "/"), tensors)
+        self.learner.load_state(state.tensors["optimiser"], state.meta["learner"])
+        self.iteration = int(state.meta["iteration"])
+        return self.iteration
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without entries that are not finite."""
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}
+
+
+def stack_pixels(rollouts: Sequence[Rollouts]) -> np.ndarray:
+    """uint8 (P * G, 3, H, W)."""
+    return np.concatenate([r.pixels.numpy() for r in rollouts])

@@ -1,0 +1,150 @@
+"""The cluster's four verbs and the plain workers behind them.
+
+    rollout(request, version) -> refs      sample groups with published weights
+    score(refs) -> Scores                  judge their pictures
+    update(refs, advantages) -> report     train on them
+    publish(slot) -> version               hand a slot's weights to every rollout worker, proved
+
+Callers hold handles and figures, never pictures, latents or weights; `pixels` is for eyes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from rewards import images
+from rewards.judge import Judge, load_judge, run_judge
+from rewards.types import JudgeCard, Sample, Score, Scores
+from rlhf.alignment import AlignmentConfig, AlignmentLearner
+from rlhf.errors import ConfigError
+from rlhf.policies.qwen_image21 import PolicyConfig, load_policy
+from rlhf.rollout import Request, RolloutWorker
+from rlhf.types import Advantages, GroupRef, Rollouts, StepReport, Version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """`ray` places rollout, reward and learner actors; `local` does everything in this process.
+
+    Results do not depend on `rollout_workers`, only on threads per process. `address` joins a running Ray.
+    """
+
+    kind: Literal["local", "ray"] = "ray"
+    rollout_workers: int = 2
+    reward_workers: int = 1
+    rollout_threads: int = 1
+    learner_threads: int = 2
+    gpus_per_worker: float = 0.0
+    gpus_per_learner: float = 0.0
+    timeout_seconds: float = 600.0
+    address: str | None = None
+
+    def check(self) -> None:
+        if min(self.rollout_workers, self.reward_workers, self.rollout_threads, self.learner_threads) < 1:
+            raise ConfigError("cluster: expected at least one worker of each kind and one thread each")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that the workers are built from."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    judges: tuple[str, ...] = ("oracle/fidelity",)
+    judge_retries: int = 1
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@runtime_checkable
+class Cluster(Protocol):
+    """See the module docstring."""
+
+    def rollout(self, request: Request, version: Version) -> list[GroupRef]: ...
+
+    def score(self, refs: Sequence[GroupRef]) -> Scores: ...
+
+    def update(self, refs: Sequence[GroupRef], advantages: Advantages) -> StepReport: ...
+
+    def publish(self, slot: str) -> Version: ...
+
+    def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
+        """Pictures of groups, uint8 (P, G, 3, H, W)."""
+        ...
+
+    def release(self, refs: Sequence[GroupRef]) -> None:
+        """Forget groups that are no longer needed."""
+        ...
+
+    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None: ...
+
+    def load(self, path: Path) -> int: ...
+
+    def export(self, slot: str, folder: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """torch with n threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_rollout_worker(recipe: Recipe) -> RolloutWorker:
+    """A rollout worker with its own copy of the policy."""
+    return RolloutWorker(load_policy(recipe.policy))
+
+
+def make_learner(recipe: Recipe) -> AlignmentLearner:
+    """The learner with the policy it trains."""
+    return AlignmentLearner(load_policy(recipe.policy), recipe.alignment)
+
+
+class RewardWorker:
+    """Loads the judges once and scores groups; never raises for what a judge does."""
+
+    def __init__(self, names: Sequence[str], retries: int = 1) -> None:
+        self.judges: dict[str, Judge] = {}
+        for name in names:
+            judge = load_judge(name)
+            self.judges[judge.card.name] = judge
+        self.retries = retries
+
+    def cards(self) -> tuple[JudgeCard, ...]:
+        return tuple(judge.card for judge in self.judges.values())
+
+    def score(self, rollouts: Rollouts) -> dict[str, tuple[Score, ...]]:
+        """Scores of one group by judge."""
+        prompt = rollouts.ref.prompt
+        sources = tuple(images.load_image(p) for p in prompt.sources)
+        samples = [
+            Sample(
+                image=picture,
+                prompt=prompt.text,
+                category=prompt.category,
+                sources=sources,
+                target=prompt.target,
+                columns=dict(prompt.columns),
+            )
+            for picture in rollouts.pixels.numpy()
+        ]
+        return {n: tuple(run_judge(j, samples, self.retries)) for n, j in self.judges.items()}
+
+
+def assemble_scores(
+    cards: tuple[JudgeCard, ...], groups: Sequence[Mapping[str, tuple[Score, ...]]]
+) -> Scores:
+    """The scores of groups, in their order, as one table."""
+    return Scores(judges=cards, table={c.name: tuple(g[c.name] for g in groups) for c in cards})

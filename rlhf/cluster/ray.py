@@ -1,0 +1,127 @@
+"""The same verbs on Ray actors.
+
+Groups go to whichever rollout worker is free; a finished group is sent to a reward worker at once, so judging
+overlaps with sampling. Results depend on seeds and groups alone, not on who computed what. Every wait is bounded.
+Ray's transport is cloudpickle: run it on a cluster you trust.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from rewards.types import Scores
+from rlhf.cluster.actors import LearnerActor, RewardActor, RolloutActor
+from rlhf.cluster.base import Recipe, assemble_scores
+from rlhf.errors import ClusterError
+from rlhf.rollout import Request
+from rlhf.types import Advantages, GroupRef, StepReport, Version
+
+
+def connect(address: str | None, workers: int) -> bool:
+    """Join a running Ray, or start one here with room for our actors. True if it was started."""
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    env = {"env_vars": {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}}
+    if address:
+        ray.init(address=address, runtime_env=env, **quiet)
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(num_cpus=max(os.cpu_count() or 1, workers), include_dashboard=False, runtime_env=env, **quiet)
+    return True
+
+
+class RayCluster:
+    """Rollout, reward and learner actors. Create it inside or outside a running Ray."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, c = recipe, recipe.cluster
+        self._started = connect(c.address, c.rollout_workers + c.reward_workers + 1)
+        options = {"num_cpus": 0 if c.gpus_per_worker else 1, "num_gpus": c.gpus_per_worker}
+        self.learner = LearnerActor.options(num_cpus=0, num_gpus=c.gpus_per_learner).remote(recipe)
+        self.workers = [RolloutActor.options(**options).remote(recipe) for _ in range(c.rollout_workers)]
+        self.judges = [RewardActor.options(num_cpus=0).remote(recipe) for _ in range(c.reward_workers)]
+        self._wait([a.ping.remote() for a in (self.learner, *self.workers, *self.judges)], "start of the actors")
+        self._next_judge = cycle(self.judges)
+        self._cards = self._wait([self.judges[0].cards.remote()], "judge cards")[0]
+        self._rollouts: dict[str, ray.ObjectRef] = {}
+        self._scores: dict[str, ray.ObjectRef] = {}
+
+    def _wait(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+        """Results of remote calls. Errors of this package come back as themselves; others as ClusterError."""
+        try:
+            return ray.get(list(refs), timeout=self.recipe.cluster.timeout_seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"{what}: nothing came back in {self.recipe.cluster.timeout_seconds:.0f} s: raise"
+                " cluster.timeout_seconds, or look at the actors' logs"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(f"{what}: an actor died: {error}; continue with --resume") from error
+
+    def publish(self, slot: str) -> Version:
+        version, handover = self.learner.publish.options(num_returns=2).remote(slot)
+        self._wait([w.bind.remote(handover) for w in self.workers], f"hand-over of {slot}")
+        return self._wait([version], f"hand-over of {slot}")[0]
+
+    def rollout(self, request: Request, version: Version) -> list[GroupRef]:
+        refs = request.refs(version)
+        shared = ray.put(request)
+        todo, running = list(reversed(refs)), {}
+        idle = list(self.workers)
+        while todo or running:
+            while todo and idle:
+                ref, worker = todo.pop(), idle.pop()
+                future = worker.rollout.remote(ref, shared)
+                running[future] = (ref, worker)
+            done, _ = ray.wait(list(running), timeout=self.recipe.cluster.timeout_seconds)
+            if not done:
+                raise ClusterError("rollout: no group finished in time: raise cluster.timeout_seconds")
+            ref, worker = running.pop(done[0])
+            idle.append(worker)
+            self._rollouts[ref.id] = done[0]
+            self._scores[ref.id] = next(self._next_judge).score.remote(done[0])
+        return refs
+
+    def score(self, refs: Sequence[GroupRef]) -> Scores:
+        groups = self._wait([self._scores[r.id] for r in refs], "scores")
+        return assemble_scores(self._cards, groups)
+
+    def update(self, refs: Sequence[GroupRef], advantages: Advantages) -> StepReport:
+        return self._wait([self.learner.update.remote(advantages, *(self._rollouts[r.id] for r in refs))], "update")[0]
+
+    def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
+        return np.stack([r.pixels.numpy() for r in self._wait([self._rollouts[r.id] for r in refs], "pictures")])
+
+    def release(self, refs: Sequence[GroupRef]) -> None:
+        for ref in refs:
+            self._rollouts.pop(ref.id, None)
+            self._scores.pop(ref.id, None)
+
+    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
+        self._wait([self.learner.save.remote(folder.absolute(), step, keep_last, keep_best, metric)], "checkpoint")
+
+    def load(self, path: Path) -> int:
+        return self._wait([self.learner.load.remote(path.absolute())], "resume")[0]
+
+    def export(self, slot: str, folder: Path) -> None:
+        self._wait([self.learner.export.remote(slot, folder.absolute())], "export")
+
+    def close(self) -> None:
+        """End our actors, and Ray if we started it."""
+        self._rollouts.clear()
+        self._scores.clear()
+        for actor in (*self.workers, *self.judges, self.learner):
+            ray.kill(actor)
+        if self._started:
+            ray.shutdown()

@@ -1,0 +1,1 @@
+"""Model construction: the stock diffusers and transformers classes at embedded size, and how they start."""

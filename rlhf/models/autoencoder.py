@@ -1,0 +1,125 @@
+"""Stock `AutoencoderKLQwenImage21` at embedded size, started from the principal components of patches.
+
+A convolutional 16x autoencoder trained from scratch spends its first hours on what a linear code has for free.
+The stock class can hold that code exactly when the input is patchified by 16: residual branches start at
+zero, a constant channel makes the RMS norm linear, and silu(u) - silu(-u) = u carries a signed value through
+the SiLU. Training then starts at the quality of PCA and improves on it with context and nonlinearity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import AutoencoderKLQwenImage21
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import _patchify, _unpatchify
+from jaxtyping import Float
+from torch import Tensor
+
+LATENTS = 64
+PATCH = 16
+WHITENING = 0.5  # latent k has standard deviation (sd_k / sd_0) ** (1 - WHITENING) before normalisation
+_SIGNAL = 0.03  # size of the coded signal beside the constant channel
+
+
+def tiny_autoencoder(width: int = 136) -> AutoencoderKLQwenImage21:
+    """A f16c64 RGBA autoencoder; `width` must exceed 2 * 64 so that the linear start fits."""
+    return AutoencoderKLQwenImage21(
+        base_dim=width,
+        decoder_base_dim=width,
+        z_dim=LATENTS,
+        dim_mult=[1],
+        num_res_blocks=1,
+        temperal_downsample=[],
+        patch_size=PATCH,
+        in_channels=4 * PATCH**2,
+        out_channels=4 * PATCH**2,
+        latents_mean=[0.0] * LATENTS,
+        latents_std=[1.0] * LATENTS,
+    )
+
+
+def encode_mode(vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b c y x"]:
+    """Posterior mode of pictures in [-1, 1], as the encoder gives it (not normalised)."""
+    return vae.encode(rgba.unsqueeze(2)).latent_dist.mode()[:, :, 0]
+
+
+def decode_raw(vae: AutoencoderKLQwenImage21, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 4 h w"]:
+    """Pictures around [-1, 1] without the clamp of `vae.decode`, which kills gradients outside."""
+    decoded = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)), first_chunk=True)
+    return _unpatchify(decoded, vae.config.patch_size or 1)[:, :, 0]
+
+
+def patches(rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "n d"]:
+    """All 16 px patches as rows, in the channel order of the stock patchify."""
+    rows = _patchify(rgba.unsqueeze(2), PATCH)[:, :, 0]
+    return rows.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
+
+
+def principal_components(rows: Float[Tensor, "n d"], k: int = LATENTS) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d,), basis (d, k) and standard deviations (k,), largest first."""
+    mean = rows.mean(0)
+    centred = (rows - mean).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+    values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
+    return mean, vectors.to(rows.dtype), values.clamp_min(1e-12).sqrt().to(rows.dtype)
+
+
+def _zero_residual_branches(vae: AutoencoderKLQwenImage21) -> None:
+    for name, module in vae.named_modules():
+        if name.endswith("conv2") or name.endswith(".proj"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def _zero(*convs: torch.nn.Module) -> None:
+    for conv in convs:
+        torch.nn.init.zeros_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
+
+
+def _signed(conv, rows: Float[Tensor, "k d"], offset: Float[Tensor, " k"]) -> None:
+    """Centre tap gives +value and -value of each row, then the constant 1."""
+    k, centre = len(rows), conv.weight.shape[-1] // 2
+    conv.weight.data[: 2 * k, :, centre, centre] = torch.cat([rows, -rows])
+    conv.bias.data[: 2 * k] = torch.cat([offset, -offset])
+    conv.bias.data[2 * k] = 1.0
+
+
+def _difference(conv, rows: Float[Tensor, "d k"], offset: Float[Tensor, " d"], gain: float) -> None:
+    """Centre tap takes silu(+value) - silu(-value) back and maps it by `rows`."""
+    d, k = rows.shape
+    centre = conv.weight.shape[-1] // 2
+    conv.weight.data[:d, : 2 * k, centre, centre] = torch.cat([rows, -rows], dim=1) / gain
+    conv.bias.data[:d] = offset
+
+
+@torch.no_grad()
+def spectral_init(vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]) -> None:
+    """Set the weights so that the autoencoder is PCA-64 of the patches of `rgba`, to within a few percent.
+
+    Raises:
+        ValueError: an autoencoder that does not patchify by 16 or is narrower than 129 channels.
+    """
+    width = vae.encoder.conv_in.weight.shape[0]
+    if vae.config.patch_size != PATCH or width <= 2 * LATENTS:
+        raise ValueError(
+            f"expected patch_size 16 and a width above {2 * LATENTS}, got {vae.config.patch_size} and {width}:"
+            " the linear start needs both, train from random weights otherwise"
+        )
+    mean, basis, sd = principal_components(patches(rgba))
+    scale = (sd / sd[0]) ** (1 - WHITENING) / sd  # latent = scale * coefficient
+    small = _SIGNAL * (1 / (scale * sd).max())
+    _zero_residual_branches(vae)
+    enc, dec = vae.encoder, vae.decoder
+    _zero(enc.conv_in, enc.conv_out, dec.conv_in, dec.conv_out, vae.quant_conv, vae.post_quant_conv)
+    for conv, channels in ((vae.quant_conv, LATENTS), (vae.post_quant_conv, LATENTS)):
+        conv.weight.data[:channels, :channels, 0, 0] = torch.eye(channels)
+    vae.quant_conv.bias.data[LATENTS:] = -10.0  # log variance: the posterior is almost a point
+    project = (basis * scale).T * small
+    _signed(enc.conv_in, project, -(project @ mean))
+    gain = math.sqrt(width) * float(small)
+    eye = torch.eye(LATENTS)
+    _difference(enc.conv_out, eye, torch.zeros(LATENTS), gain)
+    _signed(dec.conv_in, eye * small, torch.zeros(LATENTS))
+    _difference(dec.conv_out, basis / scale, mean, gain)

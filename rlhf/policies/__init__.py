@@ -1,0 +1,1 @@
+"""Policies: velocity fields v(x, sigma, condition) with named weight slots."""

@@ -1,0 +1,80 @@
+"""What the rest of the library knows of a policy.
+
+A policy is a velocity field over packed latents (B, N, C), a condition encoder and a decoder. One call has one
+layout: the exact text length, the size of the picture and the source pictures are the same for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from rlhf.policies.slots import Slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """The frozen encoder's reading of P prompts of one layout, and their packed source latents."""
+
+    embeds_PLD: Float[Tensor, "p l d"]
+    image_slots_L: Bool[Tensor, " l"]  # True where the text holds a slot of a source picture
+    sources_PMC: Float[Tensor, "p m c"] | None = None
+    source_shapes: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def layout(self) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+        """What must agree within one call."""
+        return self.embeds_PLD.shape[1], self.source_shapes
+
+
+class Prefix:
+    """Keys and values of the condition tokens, opaque outside the policy that made it."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """See `rlhf.policies.qwen_image21` for the reference implementation."""
+
+    slots: Slots
+
+    def encode(self, text: str, sources: Sequence[np.ndarray] = ()) -> Condition:
+        """Condition of one prompt; cached, since the encoder is frozen."""
+        ...
+
+    def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
+        """Condition keys and values under one slot's weights, with gradient where grad is enabled."""
+        ...
+
+    def velocity(
+        self,
+        x_BNC: Tensor,
+        sigma_B: Tensor,
+        condition: Condition,
+        *,
+        size: tuple[int, int],
+        prefix: Prefix | None = None,
+        slot: str = "train",
+    ) -> Tensor:
+        """v(x, sigma | condition), float32 (B, N, C). B is a multiple of the P prompts, siblings adjacent."""
+        ...
+
+    def decode(self, x0_GNC: Tensor, size: tuple[int, int]) -> UInt8[Tensor, "g 3 h w"]:
+        """Pictures of packed latents, quantised once."""
+        ...
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(N, C) of a picture of (height, width). Raises ConfigError for a size the model cannot make."""
+        ...
+
+    def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
+        """The stock pipeline's noise levels, steps + 1 values from 1 to 0."""
+        ...
+
+    def export(self, folder: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of a slot where stock diffusers loads them."""
+        ...

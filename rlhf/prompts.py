@@ -1,0 +1,141 @@
+"""Prompt sets: what a run is asked to draw.
+
+A set is a JSONL file, any path or hub name `datasets` opens, or `scenes/<category>[/<level>]@<split>`, prompts of the
+embedded world with their specs as targets. Columns: `prompt` (required), `category` ("general" if absent),
+`negative_prompt`, `source_images` (list of paths), `target`; every other column reaches the judges by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.scenes import world
+from rewards.scenes.specs import Edit, dump
+from rlhf.errors import ConfigError, PromptError
+from rlhf.types import Prompt
+
+KNOWN = ("prompt", "category", "negative_prompt", "source_images", "target")
+CATEGORIES = ("objects", "portraits", "text", "edits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Where prompts come from and how many are taken (0 = all; a scenes set needs a number)."""
+
+    source: str = "scenes/objects/2@train"
+    count: int = 512
+    split: str = "train"  # of a `datasets` path
+
+    def check(self) -> None:
+        if self.count < 0:
+            raise ConfigError(f"prompts.count: expected 0 (all) or more, got {self.count}")
+
+
+def load_prompts(config: PromptSet) -> list[Prompt]:
+    """All prompts of a set, in its order, checked.
+
+    Raises:
+        PromptError: nothing there, an empty set, a missing column, or a value of the wrong type (with its row).
+    """
+    if config.source.startswith("scenes/"):
+        return _scenes(config)
+    path = Path(config.source)
+    rows = _jsonl(path) if path.suffix == ".jsonl" else _dataset(config)
+    prompts = [_prompt(row, i, config.source) for i, row in enumerate(rows)]
+    if not prompts:
+        raise PromptError(f"{config.source}: expected at least one prompt, got an empty set")
+    return prompts[: config.count or None]
+
+
+def _scenes(config: PromptSet) -> list[Prompt]:
+    name, _, split = config.source.removeprefix("scenes/").partition("@")
+    category, _, level = name.partition("/")
+    if category not in CATEGORIES or split not in ("train", "heldout", "align-heldout") or (level and level not in "123"):
+        raise PromptError(
+            f"expected scenes/<{'|'.join(CATEGORIES)}>[/1|2|3]@<train|heldout|align-heldout>, got '{config.source}'"
+        )
+    if category == "edits":
+        raise PromptError("scenes/edits: edits need source pictures on disk; this version trains text-to-image prompts")
+    if config.count < 1:
+        raise PromptError(f"{config.source}: expected count >= 1, got {config.count}: the world has no end")
+    out: dict[str, Prompt] = {}
+    for seed in range(100 * config.count):
+        spec = world.draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
+        assert not isinstance(spec, Edit)
+        text = world.terse(spec)
+        if text not in out:
+            out[text] = Prompt(id=f"{config.source}#{seed}", text=text, category=category, target=dump(spec))
+        if len(out) == config.count:
+            break
+    return list(out.values())
+
+
+def _jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
+    if not path.is_file():
+        raise PromptError(f"expected a prompt file, got '{path}': there is no such file")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PromptError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r} ({error})") from error
+            if not isinstance(row, dict):
+                raise PromptError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            yield row
+
+
+def _dataset(config: PromptSet) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(config.source, split=config.split)  # type: ignore[return-value]
+    except Exception as error:  # the boundary to `datasets`, which raises many types
+        raise PromptError(
+            f"prompts.source: expected a .jsonl file, a path `datasets` can open, or scenes/..., got"
+            f" '{config.source}': {type(error).__name__}: {error}"
+        ) from error
+
+
+def _prompt(row: Mapping[str, Any], index: int, source: str) -> Prompt:
+    where = f"{source}, row {index + 1}"
+    text = row.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f"{where}: expected a column 'prompt' with text, got {text!r} (columns: {sorted(row)})")
+    for column in ("category", "negative_prompt", "target"):
+        if row.get(column) is not None and not isinstance(row[column], str):
+            raise PromptError(f"{where}: expected text in '{column}', got {type(row[column]).__name__}")
+    sources = row.get("source_images") or ()
+    if isinstance(sources, str) or not all(isinstance(s, str) for s in sources):
+        raise PromptError(f"{where}: expected a list of paths in 'source_images', got {sources!r}")
+    for path in sources:
+        if not Path(path).is_file():
+            raise PromptError(f"{where}: expected a source picture at '{path}': there is no such file")
+    return Prompt(
+        id=f"{source}#{index}",
+        text=text,
+        category=row.get("category") or "general",
+        negative=row.get("negative_prompt") or "",
+        sources=tuple(sources),
+        target=row.get("target"),
+        columns={k: v for k, v in row.items() if k not in KNOWN},
+    )
+
+
+def batch_of(prompts: Sequence[Prompt], size: int, iteration: int, seed: int) -> tuple[Prompt, ...]:
+    """The prompts of an iteration (counted from 1): epochs are seeded permutations, so nothing is stored.
+
+    Raises:
+        PromptError: a batch larger than the set.
+    """
+    if size > len(prompts):
+        raise PromptError(f"expected at least {size} prompts for one iteration, got {len(prompts)}")
+    per_epoch = len(prompts) // size
+    epoch, position = divmod(iteration - 1, per_epoch)
+    order = np.random.default_rng([31, seed, epoch]).permutation(len(prompts))
+    return tuple(prompts[i] for i in order[position * size : (position + 1) * size])

@@ -1,0 +1,145 @@
+"""Sampling one group of pictures of one prompt: hybrid classifier-free guidance, ODE or SDE steps.
+
+v_g = v_u + w (v_c - v_u), so the conditional velocity is at hand at every guided step and the log-prob of the
+*unguided* policy at the sampled transition costs no extra forward. w = 1 skips the unconditional branch altogether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf import kernels, noise, schedule
+from rlhf.errors import ConfigError
+from rlhf.losses import Form, transition_log_prob
+from rlhf.policies.base import Condition, Policy
+from rlhf.types import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """How pictures are made. `window` is the range of steps that are stochastic, stored and trained."""
+
+    steps: int = 10
+    guidance: float = 1.0
+    kernel: Literal["ode", "flow-sde"] = "ode"
+    noise_level: float = 0.7
+    window: tuple[int, int] = (0, 0)
+    height: int = 64
+    width: int = 64
+    cached_prefix: bool = True
+    shared_noise: bool = False  # all members of a group start from the same x at sigma = 1
+
+    def check(self) -> None:
+        if self.guidance < 1:
+            raise ConfigError(f"guidance: expected 1 (unguided) or more, got {self.guidance}")
+        if self.steps < 1:
+            raise ConfigError(f"steps: expected at least 1, got {self.steps}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def schedule(self, policy: Policy) -> schedule.Schedule:
+        """The frozen grid of this sampler on a policy. Raises ConfigError for an impossible window."""
+        level = self.noise_level if self.kernel != "ode" else 0.0
+        return schedule.build(policy.sigmas(self.steps, self.size), self.kernel, level, self.window)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """x0 (G, N, C), uint8 pictures (G, 3, H, W), the stored steps if asked for, and counts."""
+
+    x0_GNC: Tensor
+    pixels: Tensor
+    schedule: schedule.Schedule
+    trajectory: Trajectory | None
+    forwards: int  # rows that went through the transformer, prefixes not counted
+    guidance_cosine: float | None  # mean cosine of v_c - v_u and v_c; None unguided
+
+
+def guided_field(
+    policy: Policy, sampler: Sampler, condition: Condition, empty: Condition | None, slot: str
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor | None]]:
+    """(x, sigma) -> (v_c, v_u); v_u is None at guidance 1. Prefixes are computed here, once."""
+    if sampler.guidance > 1 and empty is None:
+        raise ConfigError("guidance above 1 needs an unconditional condition, got none")
+    pairs = [condition] + ([empty] if sampler.guidance > 1 and empty is not None else [])
+    fixed = [policy.prefix(c, slot) if sampler.cached_prefix else None for c in pairs]
+
+    def field(x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
+        level = torch.full((len(x),), sigma)
+        out = [
+            policy.velocity(x, level, c, size=sampler.size, prefix=p, slot=slot)
+            for c, p in zip(pairs, fixed, strict=True)
+        ]
+        return out[0], out[1] if len(out) > 1 else None
+
+    return field
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    sampler: Sampler,
+    text: str,
+    *,
+    negative: str = "",
+    sources: Sequence[np.ndarray] = (),
+    seeds: Sequence[int],
+    slot: str = "train",
+    store: Form | None = None,
+    train_guidance: float = 1.0,
+) -> Sampled:
+    """Sample one picture per seed of one prompt. With `store`, the window's steps are kept.
+
+    `store` names the form of the old log-prob, which is taken under the policy at `train_guidance`.
+    """
+    grid = sampler.schedule(policy)
+    condition = policy.encode(text, sources)
+    empty = policy.encode(negative, sources) if sampler.guidance > 1 else None
+    field = guided_field(policy, sampler, condition, empty, slot)
+    shape = policy.latent_shape(sampler.size)
+    starts = [seeds[0]] * len(seeds) if sampler.shared_noise else list(seeds)
+    x = torch.stack([noise.initial_noise(s, shape) for s in starts])
+    kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+    cosines = []
+    for index in range(grid.n_steps):
+        v_c, v_u = field(x, grid.sigmas[index])
+        v = v_c if v_u is None else kernels.guide(v_c, v_u, sampler.guidance)
+        if v_u is not None:
+            gap = (v_c - v_u).flatten(1)
+            cosines.append(torch.cosine_similarity(gap, v_c.flatten(1)).mean())
+        stochastic = index in grid.trained
+        z = torch.stack([noise.step_noise(s, index, shape) for s in seeds]) if stochastic else None
+        done = kernels.step(x, v, grid, index, z)
+        if stochastic and store:
+            v_train = v_c if v_u is None else kernels.guide(v_c, v_u, train_guidance)
+            shift = kernels.guidance_shift(v, v_train, grid, index)
+            logp = transition_log_prob(v_train, x, done.next, grid, index, store, shift)
+            kept.append((index, x, done.next, logp, shift))
+        x = done.next
+    return Sampled(
+        x0_GNC=x,
+        pixels=policy.decode(x, sampler.size),
+        schedule=grid,
+        trajectory=_trajectory(kept) if kept else None,
+        forwards=len(x) * grid.n_steps * (2 if empty is not None else 1),
+        guidance_cosine=float(torch.stack(cosines).mean()) if cosines else None,
+    )
+
+
+def _trajectory(kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor]]) -> Trajectory:
+    index, x, after, logp, shift = zip(*kept, strict=True)
+    return Trajectory(
+        index_K=tuple(index),
+        x_KGNC=torch.stack(x),
+        next_KGNC=torch.stack(after),
+        logp_KG=torch.stack(logp),
+        shift_KGNC=torch.stack(shift),
+    )

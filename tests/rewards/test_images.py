@@ -1,0 +1,94 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewards import images
+from rewards.errors import ImageError, JudgeError, RewardConfigError, RewardError
+
+CHW = np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+
+
+def test_pil_round_trip_keeps_channels_and_axes():
+    pil = images.to_pil(CHW)
+    assert pil.size == (7, 5) and pil.mode == "RGB"
+    assert pil.getpixel((6, 0)) == tuple(CHW[:, 0, 6])
+    np.testing.assert_array_equal(images.from_pil(pil), CHW)
+
+
+def test_from_pil_takes_grey_and_lays_alpha_on_white():
+    assert images.from_pil(Image.new("L", (2, 2), 7)).tolist() == [[[7, 7], [7, 7]]] * 3
+    clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
+    assert images.from_pil(clear).ravel().tolist() == [255, 255, 255]
+    half = images.from_pil(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).ravel()
+    assert half[0] == 255 and 120 <= half[1] <= 135
+
+
+def test_all_bytes_survive_the_float_round_trip():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, 1)
+    floats = images.to_float(every)
+    assert floats.dtype == torch.float32 and floats.min() == -1 and floats.max() == 1
+    np.testing.assert_array_equal(images.to_uint8(floats).numpy(), every)
+
+
+def test_to_uint8_rounds_clamps_and_refuses_nan():
+    values = torch.tensor([-3.0, 3.0, 0.0039, 0.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert images.to_uint8(values)[0, 0].flatten().tolist() == [0, 255, 128, 128]
+    with pytest.raises(ImageError, match="finite"):
+        images.to_uint8(values.clone().fill_(float("nan")))
+
+
+@pytest.mark.parametrize("wrong", [CHW.transpose(1, 2, 0), CHW.astype(np.float32), CHW[None]])
+def test_other_layouts_are_refused(wrong):
+    with pytest.raises(ImageError, match="uint8 RGB"):
+        images.to_pil(wrong)
+
+
+def test_contact_sheet_lays_out_rows():
+    flat = images.contact_sheet([CHW] * 5, columns=2, gap=1)
+    assert flat.size == (2 * 8 + 1, 3 * 6 + 1)
+    assert flat.getpixel((1, 1)) == tuple(CHW[:, 0, 0])
+    assert flat.getpixel((9, 13)) == (255, 255, 255)  # the sixth place is empty
+    assert images.contact_sheet([[CHW, CHW, CHW], [CHW]], gap=0).size == (21, 10)
+    with pytest.raises(ImageError, match="one size"):
+        images.contact_sheet([CHW, CHW[:, :4]])
+    with pytest.raises(ImageError, match="none"):
+        images.contact_sheet([])
+
+
+def test_png_is_lossless_and_leaves_nothing_beside_it(tmp_path):
+    path = images.save_png(tmp_path / "a.png", CHW)
+    np.testing.assert_array_equal(images.load_image(path), CHW)
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = images.save_png(tmp_path / "a.png", CHW)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        images.save_png(path, 255 - CHW)
+    np.testing.assert_array_equal(images.load_image(path), CHW)
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_load_image_names_the_file(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    noise = np.random.default_rng(1).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    images.save_png(tmp_path / "cut.png", noise)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    for name in ("absent.png", "text.png", "cut.png"):
+        with pytest.raises(ImageError, match=name):
+            images.load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [ImageError, JudgeError, RewardConfigError])
+def test_errors_survive_pickling(error):
+    back = pickle.loads(pickle.dumps(error("what, got, do")))
+    assert type(back) is error and str(back) == "what, got, do" and isinstance(back, RewardError)

@@ -1,0 +1,188 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rewards.types import JudgeCard, Score, Scores
+from rlhf.advantage import group_advantages
+from rlhf.errors import ConfigError
+
+ONE = {"*": {"a": 1.0}}
+
+
+def card(name, noise_floor=0.0, low=0.0, high=1.0):
+    return JudgeCard(
+        name=name,
+        revision="1",
+        preprocessing="none",
+        categories=("*",),
+        low=low,
+        high=high,
+        noise_floor=noise_floor,
+    )
+
+
+def score(value):
+    """A number is ok, "na" and "failed" are themselves."""
+    if isinstance(value, str):
+        return Score(value=None, state=value, reason="as the test wants")
+    return Score(value=float(value), state="ok")
+
+
+def scores(noise_floor=0.0, **tables):
+    cards = tuple(card(name, noise_floor) for name in tables)
+    table = {
+        name: tuple(tuple(score(v) for v in row) for row in rows) for name, rows in tables.items()
+    }
+    return Scores(judges=cards, table=table)
+
+
+def run(given, weights=ONE, categories=("objects",), **options):
+    return group_advantages(given, weights, categories, **options)
+
+
+def test_three_samples_by_hand_with_the_population_std():
+    """1, 2, 6: mean 3, population variance 14/3 (the unbiased one would be 7)."""
+    advantages, report = run(scores(a=[[1, 2, 6]]))
+    std = math.sqrt(14 / 3)
+    assert_close(advantages.value_PG, torch.tensor([[-2 / std, -1 / std, 3 / std]]))
+    assert advantages.live_PG.all() and advantages.value_PG.dtype == torch.float32
+    assert report.metrics["reward/a/mean"] == 3 and report.metrics["advantage/live"] == 1
+    assert report.metrics["reward/a/std"] == pytest.approx(std)
+
+
+def test_noise_floor_joins_the_variance():
+    advantages, _ = run(scores(noise_floor=2.0, a=[[1, 2, 6]]))
+    std = math.sqrt(14 / 3 + 4)
+    assert_close(advantages.value_PG, torch.tensor([[-2 / std, -1 / std, 3 / std]]))
+
+
+def test_rescaling_one_judge_changes_nothing_without_a_noise_floor():
+    weights = {"*": {"a": 0.3, "b": 0.7}}
+    a, b = [0.1, 0.5, 0.2, 0.9], [0.4, 0.3, 0.8, 0.1]
+    small, _ = run(scores(a=[a], b=[b]), weights)
+    large, _ = run(scores(a=[[100 * v for v in a]], b=[b]), weights)
+    assert_close(small.value_PG, large.value_PG, rtol=1e-5, atol=1e-6)
+
+    floored, _ = run(scores(noise_floor=0.5, a=[a], b=[b]), weights)
+    rescaled, _ = run(scores(noise_floor=0.5, a=[[100 * v for v in a]], b=[b]), weights)
+    assert not torch.allclose(floored.value_PG, rescaled.value_PG, atol=1e-2)
+
+
+@pytest.mark.parametrize("state", ["failed", "na"])
+def test_a_group_with_masked_members_equals_the_group_without_them(state):
+    with_mask, report = run(scores(a=[[1, state, 2, 6, state]]))
+    without, _ = run(scores(a=[[1, 2, 6]]))
+    assert torch.equal(with_mask.value_PG[:, [0, 2, 3]], without.value_PG)
+    assert with_mask.live_PG.tolist() == [[True, False, True, True, False]]
+    assert with_mask.value_PG[0, 1] == 0.0
+    assert report.metrics[f"reward/a/{state}"] == pytest.approx(2 / 5)
+    assert report.metrics["reward/a/mean"] == 3.0
+
+
+def test_a_failed_required_judge_takes_the_sample_out_of_all_judges():
+    weights = {"*": {"a": 0.5, "b": 0.5}}
+    broken, _ = run(scores(a=[[1, 2, 6, 50]], b=[[3, 1, 2, "failed"]]), weights, required=("b",))
+    whole, _ = run(scores(a=[[1, 2, 6]], b=[[3, 1, 2]]), weights)
+    assert torch.equal(broken.value_PG[:, :3], whole.value_PG)
+    assert broken.live_PG.tolist() == [[True, True, True, False]]
+
+    tolerated, _ = run(scores(a=[[1, 2, 6, 50]], b=[[3, 1, 2, "failed"]]), weights)
+    assert tolerated.live_PG.all() and tolerated.value_PG[0, 3] > 0
+
+
+def test_a_required_judge_that_does_not_apply_takes_nothing_out():
+    weights = {"*": {"a": 0.5, "b": 0.5}}
+    advantages, _ = run(scores(a=[[1, 2, 6]], b=[["na"] * 3]), weights, required=("b",))
+    alone, _ = run(scores(a=[[1, 2, 6]]))
+    assert torch.equal(advantages.value_PG, alone.value_PG) and advantages.live_PG.all()
+
+
+def test_equal_scores_are_not_live_and_counted_by_category_and_height():
+    advantages, report = run(
+        scores(a=[[0.9, 0.9, 0.9], [0.1, 0.1, 0.1], [1, 2, 6], ["failed", "failed", 1]]),
+        categories=("objects", "objects", "sign", "sign"),
+    )
+    assert advantages.live_PG.tolist() == [[False] * 3, [False] * 3, [True] * 3, [False] * 3]
+    assert torch.count_nonzero(advantages.value_PG[[0, 1, 3]]) == 0
+    objects, sign = report.by_category["objects"], report.by_category["sign"]
+    assert (objects.groups, objects.live, objects.flat_high, objects.flat_low) == (2, 0, 1, 1)
+    assert (sign.groups, sign.live, sign.few) == (2, 1, 1)
+    assert report.metrics["advantage/live"] == 0.25
+
+
+def test_equal_scores_that_round_badly_are_still_exactly_zero():
+    advantages, _ = run(scores(a=[[0.1] * 7]))
+    assert torch.count_nonzero(advantages.value_PG) == 0 and not advantages.live_PG.any()
+
+
+def test_a_flat_judge_adds_nothing_beside_one_that_tells_samples_apart():
+    weights = {"*": {"a": 0.25, "b": 0.75}}
+    advantages, _ = run(scores(a=[[1, 2, 6]], b=[[5, 5, 5]]), weights)
+    alone, _ = run(scores(a=[[1, 2, 6]]))
+    assert_close(advantages.value_PG, 0.25 * alone.value_PG)
+    assert advantages.live_PG.all()
+
+
+def test_weights_are_those_of_the_category_and_renormalised_over_judges_that_apply():
+    given = scores(a=[[1, 2, 6], [1, 2, 6], ["na"] * 3], b=[[3, 1, 2], [3, 1, 2], [3, 1, 2]])
+    weights = {"sign": {"a": 3.0, "b": 1.0}, "*": {"b": 1.0}}
+    advantages, _ = run(given, weights, ("sign", "objects", "sign"))
+    only_a, _ = run(scores(a=[[1, 2, 6]]))
+    only_b, _ = run(scores(a=[[3, 1, 2]]))
+    mixed = 0.75 * only_a.value_PG[0] + 0.25 * only_b.value_PG[0]
+    expected = torch.stack([mixed, only_b.value_PG[0], only_b.value_PG[0]])
+    assert_close(advantages.value_PG, expected)
+
+
+def test_a_judge_that_failed_everywhere_keeps_its_weight():
+    weights = {"*": {"a": 0.5, "b": 0.5}}
+    advantages, _ = run(scores(a=[[1, 2, 6]], b=[["failed"] * 3]), weights)
+    alone, _ = run(scores(a=[[1, 2, 6]]))
+    assert_close(advantages.value_PG, 0.5 * alone.value_PG)
+
+
+def test_the_fate_of_every_dropped_group_is_named():
+    given = scores(a=[["na"] * 2, ["failed"] * 2, [1, 2]], b=[["na"] * 2, [1, 2], ["failed"] * 2])
+    weights = {"*": {"a": 0.5, "b": 0.5}}
+    _, report = run(given, weights, ("x", "y", "z"), required=("b",))
+    assert report.by_category["x"].unjudged == 1
+    assert report.by_category["y"].live == 1
+    assert report.by_category["z"].required == 1
+    for counts in report.by_category.values():
+        parts = (counts.live, counts.flat_high, counts.flat_low)
+        assert sum(parts) + counts.few + counts.required + counts.unjudged == counts.groups
+
+
+def test_values_are_clipped():
+    advantages, _ = run(scores(a=[[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]]), clip=2.0)
+    assert advantages.value_PG.max() == 2.0 and advantages.value_PG.min() > -1.0
+
+
+def test_the_total_is_the_weighted_raw_score_of_complete_samples():
+    weights = {"*": {"a": 1.0, "b": 3.0}}
+    _, report = run(scores(a=[[1, 2, 6]], b=[[3, 1, "failed"]]), weights)
+    assert report.metrics["reward/total"] == pytest.approx((0.25 + 2.25 + 0.5 + 0.75) / 2)
+    _, nothing = run(scores(a=[["failed"] * 2]))
+    assert "reward/total" not in nothing.metrics and "reward/a/mean" not in nothing.metrics
+
+
+@pytest.mark.parametrize(
+    ("weights", "required", "words"),
+    [
+        ({"sign": {"a": 1.0}}, (), "category 'objects'"),
+        ({"*": {"beauty": 1.0}}, (), "'beauty'"),
+        (ONE, ("beauty",), "'beauty'"),
+        ({"*": {"a": -1.0}}, (), "weights >= 0"),
+        ({"*": {"a": 0.0}}, (), "positive sum"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(weights, required, words):
+    with pytest.raises(ConfigError, match=words):
+        run(scores(a=[[1, 2, 6]]), weights, required=required)
+
+
+def test_one_category_per_group():
+    with pytest.raises(ValueError, match="one category per group"):
+        run(scores(a=[[1, 2, 6]]), categories=("x", "y"))
