@@ -39,7 +39,7 @@ def shown(specs: Specs) -> list[world.Spec]:
 
 
 def worn(pictures, rng, *, noise=0.0, blur=0.0, colour=1.0, shift=0, tint=0.0) -> np.ndarray:
-    """uint8 (B, 3, H, W) after blur and noise (sd in pixels and in 0..255), colour factor, shift."""
+    """uint8 (B, 3, H, W), worn: blur in pixels, noise and tint in levels, sideways shift."""
     x = pictures.astype(np.float32)
     x = gaussian_filter(x, (0, 0, blur, blur)) if blur else x
     grey = x.mean(1, keepdims=True)
@@ -86,7 +86,7 @@ def axis_correlations(pictures: Sequence[np.ndarray], specs: Specs) -> dict[str,
 
 
 def mixed_wear(category: str, level: int, count: int, seed: int = 0):
-    """Pictures and specs of a category, each worn in its own way; a quarter are a source or another."""
+    """Pictures and specs, each worn in its own way; a quarter show a source or another spec."""
     rng, pictures, specs = np.random.default_rng(seed), [], []
     for k in range(count):
         spec = world.draw(category, k, level=level)
@@ -147,7 +147,7 @@ def _speeds(count: int) -> None:
         read = per_second(lambda p=pictures, s=specs: oracle.fidelity_batch(p, s), count)
         every = per_second(
             lambda p=pictures, s=specs: [
-                oracle.measure(a, *x) for a in oracle.AXES for x in zip(p, s)
+                oracle.measure(a, *x) for a in oracle.AXES for x in zip(p, s, strict=True)
             ],
             count,
         )

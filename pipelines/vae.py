@@ -1,7 +1,8 @@
 """`rlhf vae`: the f16c64 autoencoder of the scenes base, without discriminator and without KL.
 
-Loss: mean |x - x'| + mean (x - x')^2 on RGBA pictures in [-1, 1]. The embedded default starts at the principal
-components of patches (`rlhf.models.autoencoder.spectral_init`) and trains the decoder on a frozen encoder.
+Loss: mean |x - x'| + mean (x - x')^2 on RGBA pictures in [-1, 1]. The embedded default starts at
+the principal components of patches (`rlhf.models.autoencoder.spectral_init`) and trains the decoder
+on a frozen encoder.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ import torch
 from diffusers import AutoencoderKLQwenImage21
 from torch import Tensor
 
-from pipelines.data.scenes import mixture, pictures, rgba
+from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
 from rlhf import noise
 from rlhf.errors import ConfigError
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import autoencoder as ae
+from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
 from rlhf.run import Run
 from rlhf.training import Average, Pace, train
-
-WEIGHTS = {"objects/1": 0.1, "objects/2": 0.25, "objects/3": 0.15, "portraits": 0.3, "text": 0.2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """`trained` names the half that learns. `pictures` are rendered once and reused in shuffled order."""
+    """`trained` names the half that learns. `pictures` are rendered once and reused in shuffled
+    order.
+    """
 
     name: str = "vae"
     runs: str = "runs"
@@ -49,38 +51,21 @@ class Config:
 
     def check(self) -> None:
         if self.size % 32 or not 64 <= self.size <= 256:
-            raise ConfigError(f"size: expected a multiple of 32 from 64 to 256, got {self.size}: write 64")
+            raise ConfigError(
+                f"size: expected a multiple of 32 from 64 to 256, got {self.size}: write 64"
+            )
         if self.pictures < self.batch:
-            raise ConfigError(f"pictures: expected at least one batch of {self.batch}, got {self.pictures}")
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Decibels per picture, for pictures in [-1, 1]."""
-    return -10 * torch.log10(((a - b) ** 2).flatten(1).mean(1).clamp_min(1e-10) / 4)
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKLQwenImage21, rows: Tensor, batch: int = 64) -> Tensor:
-    """Round trip of RGBA pictures in [-1, 1], clamped, (B, 4, H, W)."""
-    parts = [ae.decode_raw(vae, ae.encode_mode(vae, part)) for part in rows.split(batch)]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-def pca_psnr(train_rows: Tensor, test_rows: Tensor) -> float:
-    """Mean PSNR of PCA-64 fitted on one set and read on another: the linear code of the same size."""
-    mean, basis, _ = ae.principal_components(ae.patches(train_rows))
-    rows = ae.patches(test_rows)
-    error = rows - ((rows - mean) @ basis @ basis.T + mean)
-    colour = error.view(len(test_rows), -1, 4, ae.PATCH**2)[:, :, :3]
-    return float((-10 * torch.log10((colour**2).flatten(1).mean(1).clamp_min(1e-10) / 4)).mean())
+            raise ConfigError(
+                f"pictures: expected at least one batch of {self.batch}, got {self.pictures}"
+            )
 
 
 @torch.no_grad()
 def write_statistics(vae: AutoencoderKLQwenImage21, rows: Tensor) -> None:
     """Latent mean per channel, and one scale for all channels, into the config the pipeline reads.
 
-    One scale keeps the spectrum of the latents (large coefficients stay large), so that the flow loss spends
-    itself where pixels are.
+    One scale keeps the spectrum of the latents (large coefficients stay large), so that the flow
+    loss spends itself where pixels are.
     """
     latents = torch.cat([ae.encode_mode(vae, part) for part in rows.split(64)])
     mean = latents.mean((0, 2, 3))
@@ -89,13 +74,15 @@ def write_statistics(vae: AutoencoderKLQwenImage21, rows: Tensor) -> None:
 
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Train and write `<run>/vae`, a directory that `AutoencoderKLQwenImage21.from_pretrained` opens."""
+    """Train and write `<run>/vae`, a directory that `AutoencoderKLQwenImage21.from_pretrained`
+    opens.
+    """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     began = time.monotonic()
     home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "vae")
-    shown = pictures(mixture(config.pictures, config.seed + 1, "train", WEIGHTS), config.size)
-    held = rgba(pictures(mixture(256, config.seed + 2, "heldout", WEIGHTS), config.size))
+    shown = pictures(mixture(config.pictures, config.seed + 1, "train", PICTURES), config.size)
+    held = rgba(pictures(mixture(256, config.seed + 2, "heldout", PICTURES), config.size))
     sample = rgba(shown[:4000])
     vae = ae.tiny_autoencoder(config.width)
     if config.start == "spectral":
@@ -126,7 +113,9 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
             trainable[name].data.copy_(value)
         return {"recon/psnr": float(psnr(again[:, :3], held[:, :3]).mean())}
 
-    average = train(home, Learner(trainable, config.learner), batch_of, objective, config.pace, preview=preview)
+    average = train(
+        home, Learner(trainable, config.learner), batch_of, objective, config.pace, preview=preview
+    )
     if average is not None:
         average.copy_to(trainable)
     if config.trained == "all":
@@ -135,7 +124,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     value = psnr(reconstruct(vae, held)[:, :3], held[:, :3])
     metrics = {
         "recon/psnr": {"value": float(value.mean()), "n": len(held)},
-        "recon/psnr_pca64": {"value": pca_psnr(sample, held), "n": len(held)},
+        "recon/psnr_pca64": {"value": float(pca_psnr(sample, held).mean()), "n": len(held)},
     }
     return home.write_result(time.monotonic() - began, metrics)
 

@@ -82,9 +82,7 @@ class JudgeCard:
     categories: tuple[str, ...] = ("*",)  # "*" is all
     low: float = 0.0
     high: float = 1.0
-    noise_floor: float = (
-        0.0  # spread of scores that means nothing; enters the advantage's denominator
-    )
+    noise_floor: float = 0.0  # spread of scores that means nothing; see the advantages
     needs_source: bool = False
     licence: str = "Apache-2.0"
 

@@ -1,7 +1,8 @@
 """The learner of an alignment run: rollouts and advantages in, new weights out.
 
-Guidance of the objective is `train_guidance`, 1 by default: the unconditional branch is not evaluated at all. The
-micro-batch is the group. All draws are keyed by (seed, iteration, update, group).
+Guidance of the objective is `train_guidance`, 1 by default: the unconditional branch is not
+evaluated at all. The micro-batch is the group. All draws are keyed by (seed, iteration, update,
+group).
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from rewards import images
 from rlhf import checkpoint, noise, weights
 from rlhf.errors import ConfigError, ReplayMismatch, StaleRollouts
 from rlhf.learner import Learner, LearnerConfig
-from rlhf.losses import LOSSES, Loss, LossTerms, grpo, keep_live, nft, noised, summarise, transition_log_prob
+from rlhf.losses import (
+    LOSSES,
+    Loss,
+    LossTerms,
+    grpo,
+    keep_live,
+    nft,
+    noised,
+    summarise,
+    transition_log_prob,
+)
 from rlhf.policies.base import Condition, Policy
 from rlhf.types import Advantages, Rollouts, StepReport, Version
 
@@ -29,8 +40,9 @@ from rlhf.types import Advantages, Rollouts, StepReport, Version
 class LossConfig:
     """Which loss, and how often one batch of rollouts is used.
 
-    `behaviour_lag`: after iteration i the behaviour slot keeps min(lag_max, lag_rate * i) of itself (NFT); for ratio
-    losses it becomes `train`. `sigma_span` is the part of the grid that NFT draws from, 0 = noise end.
+    `behaviour_lag`: after iteration i the behaviour slot keeps min(lag_max, lag_rate * i) of itself
+    (NFT); for ratio losses it becomes `train`. `sigma_span` is the part of the grid that NFT draws
+    from, 0 = noise end.
     """
 
     name: str = "nft"
@@ -50,9 +62,24 @@ class LossConfig:
         if self.name not in LOSSES:
             raise ConfigError(f"loss.name: expected one of {', '.join(LOSSES)}, got '{self.name}'")
         if self.updates_per_rollout < 1:
-            raise ConfigError(f"loss.updates_per_rollout: expected at least 1, got {self.updates_per_rollout}")
+            raise ConfigError(
+                f"loss.updates_per_rollout: expected at least 1, got {self.updates_per_rollout}"
+            )
         if not 0 <= self.sigma_span[0] < self.sigma_span[1] <= 1:
-            raise ConfigError(f"loss.sigma_span: expected 0 <= low < high <= 1, got {self.sigma_span}")
+            raise ConfigError(
+                f"loss.sigma_span: expected 0 <= low < high <= 1, got {self.sigma_span}"
+            )
+        if min(self.beta, self.adv_max, self.clip_low, self.clip_high) <= 0:
+            raise ConfigError("loss: expected beta, adv_max, clip_low and clip_high above 0")
+        if not (0 <= self.lag_max < 1 and self.lag_rate >= 0):
+            raise ConfigError(
+                f"loss: expected 0 <= lag_max < 1 and lag_rate >= 0, got {self.lag_max} and"
+                f" {self.lag_rate}"
+            )
+        if self.kl < 0 or (self.kl > 0 and self.loss.form is not None):
+            raise ConfigError(
+                f"loss.kl: expected 0 (or more with loss.name=nft), got {self.kl} with {self.name}"
+            )
 
     @property
     def loss(self) -> Loss:
@@ -79,14 +106,19 @@ class AlignmentLearner:
         self.iteration = 0
         policy.slots.copy("train", "behaviour")
 
-    # --- the verbs -------------------------------------------------------------------------------------------
+    # --- the verbs
+    # -------------------------------------------------------------------------------------------
 
     def publish(self, slot: str) -> weights.Handover:
         """A slot for the rollout workers, with its checksum and probe."""
         return weights.prepare(self.policy, slot, self.iteration)
 
     def update(self, rollouts: Sequence[Rollouts], advantages: Advantages) -> StepReport:
-        """`updates_per_rollout` optimiser steps on one batch of rollouts, then the behaviour slot follows.
+        """`updates_per_rollout` optimiser steps on one batch of rollouts, then the behaviour slot
+        follows.
+
+        Without a single live sample there is nothing to learn from: no step is taken, so that
+        neither the optimiser's momentum nor weight decay moves a weight.
 
         Raises:
             StaleRollouts: rollouts that were not sampled by the current behaviour slot.
@@ -98,7 +130,9 @@ class AlignmentLearner:
         batch = list(zip(rollouts, advantages.value_PG, weight_PG, strict=True))
         first: dict[str, float] = {}
         last: dict[str, float] = {}
-        for update in range(self.config.loss.updates_per_rollout):
+        if not advantages.live_PG.any():
+            first = last = {"loss": 0.0, "grad_norm": 0.0}
+        for update in range(self.config.loss.updates_per_rollout if not last else 0):
             terms: list[LossTerms] = []
 
             def objective(item: tuple[Rollouts, Tensor, Tensor], update=update, terms=terms):
@@ -124,7 +158,9 @@ class AlignmentLearner:
         )
         for one in rollouts:
             if one.ref.version != mine:
-                raise StaleRollouts(f"expected rollouts of {mine}, got {one.ref.version}: publish before rollout")
+                raise StaleRollouts(
+                    f"expected rollouts of {mine}, got {one.ref.version}: publish before rollout"
+                )
 
     def _follow(self) -> None:
         loss = self.config.loss
@@ -133,9 +169,12 @@ class AlignmentLearner:
         else:
             self.policy.slots.copy("train", "behaviour")
 
-    # --- the loss of one group -------------------------------------------------------------------------------
+    # --- the loss of one group
+    # -------------------------------------------------------------------------------
 
-    def _terms(self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int) -> LossTerms:
+    def _terms(
+        self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int
+    ) -> LossTerms:
         if self.config.loss.loss.form is None:
             return self._forward_process(rollouts, advantage_G, weight_G, update)
         return self._ratio(rollouts, advantage_G, weight_G, update)
@@ -153,8 +192,12 @@ class AlignmentLearner:
         fields = []
         for condition in self._conditions(rollouts):
             if condition is not None:
-                prefix = self.policy.prefix(condition, slot) if rollouts.geometry.cached_prefix else None
-                fields.append(self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot))
+                prefix = (
+                    self.policy.prefix(condition, slot) if rollouts.geometry.cached_prefix else None
+                )
+                fields.append(
+                    self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
+                )
         if len(fields) == 1:
             return fields[0]
         return fields[1] + self.config.train_guidance * (fields[0] - fields[1])
@@ -165,6 +208,7 @@ class AlignmentLearner:
         x0 = keep_live(rollouts.x0_GNC, weight_G)
         grid = torch.tensor(rollouts.schedule.sigmas[:-1])
         low, high = (int(round(f * len(grid))) for f in loss.sigma_span)
+        low = min(low, len(grid) - 1)
         sigma = grid[torch.randint(low, max(high, low + 1), (len(x0),), generator=rows)]
         x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
         with torch.no_grad():
@@ -172,29 +216,53 @@ class AlignmentLearner:
             v_ref = self._velocity(x, sigma, rollouts, "reference") if loss.kl > 0 else None
         v_theta = self._velocity(x, sigma, rollouts, "train")
         return nft(
-            v_theta, v_old, x, x0, sigma, advantage_G, weight_G, loss.beta, loss.adv_max, v_ref, loss.kl
+            v_theta,
+            v_old,
+            x,
+            x0,
+            sigma,
+            advantage_G,
+            weight_G,
+            loss.beta,
+            loss.adv_max,
+            v_ref,
+            loss.kl,
         )
 
     def _ratio(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
         loss, t = self.config.loss, rollouts.trajectory
         if t is None:
-            raise ConfigError(f"loss {loss.name} needs the trajectory, the rollouts hold none: use kernel flow-sde")
-        keep = [keep_live(a, weight_G, axis=1) for a in (t.x_KGNC, t.next_KGNC, t.shift_KGNC) if a is not None]
-        x, after, shift = keep
+            raise ConfigError(
+                f"loss {loss.name} needs the trajectory, the rollouts hold none: use kernel"
+                " flow-sde"
+            )
+        x, after = (keep_live(a, weight_G, axis=1) for a in (t.x_KGNC, t.next_KGNC))
+        shift = None if t.shift_KGNC is None else keep_live(t.shift_KGNC, weight_G, axis=1)
         logp = self._log_probs(rollouts, x, after, shift, "train")
         old = t.logp_KG
         if loss.old_logp == "replay" and update == 0:
             with torch.no_grad():
                 self._replayed = getattr(self, "_replayed", {})
-                self._replayed[rollouts.ref.group] = self._log_probs(rollouts, x, after, shift, "behaviour")
+                self._replayed[rollouts.ref.group] = self._log_probs(
+                    rollouts, x, after, shift, "behaviour"
+                )
         if loss.old_logp == "replay":
             old = self._replayed[rollouts.ref.group]
-        terms = grpo(logp, keep_live(old, weight_G, axis=1), advantage_G, weight_G, loss.clip_low, loss.clip_high)
+        terms = grpo(
+            logp,
+            keep_live(old, weight_G, axis=1),
+            advantage_G,
+            weight_G,
+            loss.clip_low,
+            loss.clip_high,
+        )
         deviation = float(terms.maxima["ratio/max_dev"])
         if update == 0 and not deviation <= loss.replay_tolerance:
             raise ReplayMismatch(
-                f"before the first update the log-probs of group {rollouts.ref.group} differ by {deviation:.2e}"
-                f" (limit {loss.replay_tolerance:.0e}): rollout and learner do not compute the same policy; use"
+                f"before the first update the log-probs of group {rollouts.ref.group} differ by"
+                f" {deviation:.2e}"
+                f" (limit {loss.replay_tolerance:.0e}): rollout and learner do not compute the"
+                " same policy; use"
                 " loss.old_logp=replay, or the same dtype, cache mode and weights on both sides"
             )
         return terms
@@ -208,12 +276,19 @@ class AlignmentLearner:
         v = self._velocity(x.flatten(0, 1), sigma, rollouts, slot).unflatten(0, (k, g))
         form = self.config.loss.loss.form or "plain"
         return torch.stack(
-            [transition_log_prob(v[j], x[j], after[j], grid, i, form, shift[j]) for j, i in enumerate(t.index_K)]
+            [
+                transition_log_prob(
+                    v[j], x[j], after[j], grid, i, form, None if shift is None else shift[j]
+                )
+                for j, i in enumerate(t.index_K)
+            ]
         )
 
     @torch.no_grad()
     def _diagnostics(self, rollouts: Rollouts) -> dict[str, float]:
-        """How far train went from the reference, and how much of it points along guidance (one group)."""
+        """How far train went from the reference, and how much of it points along guidance (one
+        group).
+        """
         x0 = rollouts.x0_GNC
         if not torch.isfinite(x0).all():
             return {}
@@ -224,19 +299,27 @@ class AlignmentLearner:
         prompt = rollouts.ref.prompt
         condition = self.policy.encode(prompt.text, [images.load_image(p) for p in prompt.sources])
         empty = self.policy.encode(prompt.negative, [images.load_image(p) for p in prompt.sources])
-        v, ref = (self.policy.velocity(x, sigma, condition, size=size, slot=s) for s in ("train", "reference"))
+        v, ref = (
+            self.policy.velocity(x, sigma, condition, size=size, slot=s)
+            for s in ("train", "reference")
+        )
         v_u = self.policy.velocity(x, sigma, empty, size=size, slot="reference")
         moved, along = (v - ref).flatten(1), (ref - v_u).flatten(1)
         return {
             "norm/velocity_ratio": float(v.norm() / ref.norm()),
             "kl/velocity": float((v - ref).square().mean()),
-            "guidance/cosine": float(torch.cosine_similarity(moved, along, dim=1, eps=1e-12).mean()),
+            "guidance/cosine": float(
+                torch.cosine_similarity(moved, along, dim=1, eps=1e-12).mean()
+            ),
             "guidance/gap": float(along.square().mean().sqrt()),
         }
 
-    # --- state -----------------------------------------------------------------------------------------------
+    # --- state
+    # ----------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
+    def save(
+        self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
+    ) -> None:
         """A checkpoint of every slot, the optimiser and the counters. Raises CheckpointError."""
         optimiser, counters = self.learner.state()
         slots = self.policy.slots
@@ -245,10 +328,13 @@ class AlignmentLearner:
             tensors={**tensors, "optimiser": optimiser},
             meta={"learner": counters, "iteration": self.iteration},
         )
-        checkpoint.save(folder, step, state, keep_last=keep_last, keep_best=keep_best, metric=metric)
+        checkpoint.save(
+            folder, step, state, keep_last=keep_last, keep_best=keep_best, metric=metric
+        )
 
     def load(self, path: Path) -> int:
-        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError."""
+        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError.
+        """
         state = checkpoint.load(path)
         for name, tensors in state.tensors.items():
             if name.startswith("slots/"):

@@ -1,4 +1,6 @@
-"""Held-out measurement through a cluster: fixed prompts, fixed seeds, the weights of a published slot."""
+"""Held-out measurement through a cluster: fixed prompts, fixed seeds, the weights of a published
+slot.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ EVALUATION = 2**31  # the "iteration" that keys evaluation seeds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How held-out pictures are made: `per_prompt` seeds for each prompt, and the settings to report.
+    """How held-out pictures are made: `per_prompt` seeds for each prompt, and the settings to
+    report.
 
     Settings: `guided` at `sampler.guidance`, `w1` unguided, `steps4` unguided in four steps.
     """
@@ -33,12 +36,18 @@ class Protocol:
     def check(self) -> None:
         unknown = set(self.settings) - {"guided", "w1", "steps4"}
         if unknown:
-            raise ConfigError(f"evaluation.settings: expected guided, w1 or steps4, got {sorted(unknown)}")
+            raise ConfigError(
+                f"evaluation.settings: expected guided, w1 or steps4, got {sorted(unknown)}"
+            )
 
     def samplers(self) -> dict[str, Sampler]:
         """Metric suffix -> sampler."""
         plain = replace(self.sampler, guidance=1.0)
-        table = {"guided": ("", self.sampler), "w1": ("/w1", plain), "steps4": ("/steps4", replace(plain, steps=4))}
+        table = {
+            "guided": ("", self.sampler),
+            "w1": ("/w1", plain),
+            "steps4": ("/steps4", replace(plain, steps=4)),
+        }
         return dict(table[name] for name in self.settings)
 
 
@@ -55,7 +64,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Figures by name (`heldout/objects/strict`, `heldout/objects/soft/w1`, ...) and the guided pictures' handles."""
+    """Figures by name (`heldout/objects/strict`, `heldout/objects/soft/w1`, ...) and the guided
+    pictures' handles.
+    """
 
     figures: Mapping[str, Measured]
     shown: tuple[GroupRef, ...]
@@ -67,7 +78,9 @@ class Evaluation:
 def evaluate(
     cluster: Cluster, prompts: Sequence[Prompt], version: Version, protocol: Protocol, show: int = 8
 ) -> Evaluation:
-    """Sample and score all settings. The handles of the first `show` groups are kept, the others released."""
+    """Sample and score all settings. The handles of the first `show` groups are kept, the others
+    released.
+    """
     figures: dict[str, Measured] = {}
     shown: tuple[GroupRef, ...] = ()
     for suffix, sampler in protocol.samplers().items():
@@ -88,14 +101,18 @@ def evaluate(
 
 
 def _figures(scores: Scores, prompts: Sequence[Prompt], suffix: str) -> dict[str, Measured]:
-    """Per category: soft and strict of the oracle where it judged, the value of any other judge by its name."""
+    """Per category: soft and strict of the oracle where it judged, the value of any other judge by
+    its name.
+    """
     categories = sorted({p.category for p in prompts})
     out: dict[str, Measured] = {}
     for card in scores.judges:
         for category in categories:
             rows = [
                 (i, score)
-                for i, (prompt, group) in enumerate(zip(prompts, scores.table[card.name], strict=True))
+                for i, (prompt, group) in enumerate(
+                    zip(prompts, scores.table[card.name], strict=True)
+                )
                 if prompt.category == category
                 for score in group
                 if score.state == "ok"
@@ -105,12 +122,16 @@ def _figures(scores: Scores, prompts: Sequence[Prompt], suffix: str) -> dict[str
             where = np.array([i for i, _ in rows])
             oracle = card.name == "oracle/fidelity"
             name = f"heldout/{category}/" + ("soft" if oracle else card.name)
-            out[name + suffix] = Measured(values=np.array([s.value for _, s in rows]), clusters=where)
+            out[name + suffix] = Measured(
+                values=np.array([s.value for _, s in rows]), clusters=where
+            )
             if oracle:
                 strict = np.array([s.parts["strict"] for _, s in rows])
                 out[f"heldout/{category}/strict{suffix}"] = Measured(values=strict, clusters=where)
     if not out:
-        raise TooManyFailures("evaluation: no judge scored a single picture: look at the judges' reasons")
+        raise TooManyFailures(
+            "evaluation: no judge scored a single picture: look at the judges' reasons"
+        )
     return out
 
 

@@ -1,7 +1,8 @@
 """The one optimiser loop body: every stage trains through `Learner.step`.
 
-A Learner knows parameters by name and nothing of what they are for. An objective maps one micro-batch to a loss
-that already carries its share of the whole batch, so the losses of the micro-batches add up.
+A Learner knows parameters by name and nothing of what they are for. An objective maps one
+micro-batch to a loss that already carries its share of the whole batch, so the losses of the
+micro-batches add up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Diverged(AlignError, RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    """AdamW (arXiv:1711.05101). `total_steps` 0 keeps the rate constant after the warm-up; else cosine to 5%."""
+    """AdamW (arXiv:1711.05101). `total_steps` 0 keeps the rate constant after the warm-up; else
+    cosine to 5%.
+    """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -38,10 +41,13 @@ class LearnerConfig:
 
     def check(self) -> None:
         if self.lr <= 0:
-            raise ConfigError(f"learner.lr: expected a positive learning rate, got {self.lr}: try 1e-4")
+            raise ConfigError(
+                f"learner.lr: expected a positive learning rate, got {self.lr}: try 1e-4"
+            )
         if self.max_grad_norm <= 0:
             raise ConfigError(
-                f"learner.max_grad_norm: expected a positive norm, got {self.max_grad_norm}: 1.0 is usual"
+                f"learner.max_grad_norm: expected a positive norm, got {self.max_grad_norm}: 1.0"
+                " is usual"
             )
 
 
@@ -60,7 +66,9 @@ class Learner:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: LearnerConfig) -> None:
         if not parameters:
-            raise ConfigError("expected at least one trainable parameter, got none: unfreeze a module")
+            raise ConfigError(
+                "expected at least one trainable parameter, got none: unfreeze a module"
+            )
         self.parameters = dict(sorted(parameters.items()))
         self.config = config
         self.steps = 0
@@ -99,7 +107,11 @@ class Learner:
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         params = [p for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)) if params else 0.0
+        norm = (
+            float(torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm))
+            if params
+            else 0.0
+        )
         skipped = not math.isfinite(norm)
         if skipped:
             self._nonfinite += 1
@@ -128,7 +140,11 @@ class Learner:
         """Inverse of `state`; parameters that had no state yet get none."""
         for name, parameter in self.parameters.items():
             prefix = f"{name}/"
-            own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix) and "/" not in k[len(prefix) :]}
+            own = {
+                k[len(prefix) :]: v
+                for k, v in tensors.items()
+                if k.startswith(prefix) and "/" not in k[len(prefix) :]
+            }
             if own:
                 self.optimiser.state[parameter] = {k: v.clone() for k, v in own.items()}
         self.steps, self._nonfinite = int(counters["steps"]), int(counters["nonfinite"])

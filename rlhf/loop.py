@@ -1,6 +1,8 @@
-"""The alignment loop: prompts -> rollouts -> scores -> advantages -> new weights, once per iteration.
+"""The alignment loop: prompts -> rollouts -> scores -> advantages -> new weights, once per
+iteration.
 
-What each line needs is done by the verb it names; metrics come back from the verbs and go to one sink.
+What each line needs is done by the verb it names; metrics come back from the verbs and go to one
+sink.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rewards.types import Scores
 from rlhf.advantage import group_advantages
@@ -19,6 +21,7 @@ from rlhf.rollout import Request
 from rlhf.types import GroupRef, Version
 
 
+@runtime_checkable
 class Plan(Protocol):
     """What an iteration is made of; a program's configuration provides it."""
 
@@ -31,10 +34,13 @@ class Plan(Protocol):
     def request(self, iteration: int) -> Request: ...
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Where an iteration's outcome goes: rows, pictures, held-out figures, checkpoints."""
 
-    def observe(self, iteration: int, refs: list[GroupRef], row: dict[str, float], version: Version) -> Version: ...
+    def observe(
+        self, iteration: int, refs: list[GroupRef], row: dict[str, float], version: Version
+    ) -> Version: ...
 
 
 @dataclass
@@ -80,12 +86,15 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
 
 
 def check_failures(scores: Scores, limit: float) -> None:
-    """Raise TooManyFailures when a judge failed for more than `limit` of the samples it was asked about."""
+    """Raise TooManyFailures when a judge failed for more than `limit` of the samples it was asked
+    about.
+    """
     for name, groups in scores.table.items():
         flat = [s for group in groups for s in group if s.state != "na"]
         bad = [s for s in flat if s.state == "failed"]
         if flat and len(bad) / len(flat) > limit:
             raise TooManyFailures(
-                f"judge {name} failed for {len(bad)} of {len(flat)} samples (limit {limit:.0%}); the first reason:"
+                f"judge {name} failed for {len(bad)} of {len(flat)} samples (limit {limit:.0%});"
+                " the first reason:"
                 f" {bad[0].reason}"
             )

@@ -59,7 +59,8 @@ summary { cursor: pointer; color: var(--accent); }
 
 
 def write(target: Run) -> dict[str, Any]:
-    """Write the report of a run and return what is stored about it. Raises OSError if not writable."""
+    """Write the report of a run and return what is stored about it. Raises OSError if not"
+    " writable."""
     start = time.perf_counter()
     notes: list[str] = []
     rows = _try(target.rows, notes, [])

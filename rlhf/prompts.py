@@ -1,8 +1,9 @@
 """Prompt sets: what a run is asked to draw.
 
-A set is a JSONL file, any path or hub name `datasets` opens, or `scenes/<category>[/<level>]@<split>`, prompts of the
-embedded world with their specs as targets. Columns: `prompt` (required), `category` ("general" if absent),
-`negative_prompt`, `source_images` (list of paths), `target`; every other column reaches the judges by name.
+A set is a JSONL file, any path or hub name `datasets` opens, or
+`scenes/<category>[/<level>]@<split>`, prompts of the embedded world with their specs as targets.
+Columns: `prompt` (required), `category` ("general" if absent), `negative_prompt`, `source_images`
+(list of paths), `target`; every other column reaches the judges by name.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def load_prompts(config: PromptSet) -> list[Prompt]:
     """All prompts of a set, in its order, checked.
 
     Raises:
-        PromptError: nothing there, an empty set, a missing column, or a value of the wrong type (with its row).
+        PromptError: nothing there, an empty set, a missing column, or a value of the wrong type
+        (with its row).
     """
     if config.source.startswith("scenes/"):
         return _scenes(config)
@@ -56,24 +58,39 @@ def load_prompts(config: PromptSet) -> list[Prompt]:
 def _scenes(config: PromptSet) -> list[Prompt]:
     name, _, split = config.source.removeprefix("scenes/").partition("@")
     category, _, level = name.partition("/")
-    if category not in CATEGORIES or split not in ("train", "heldout", "align-heldout") or (level and level not in "123"):
+    if (
+        category not in CATEGORIES
+        or split not in ("train", "heldout", "align-heldout")
+        or (level and level not in "123")
+    ):
         raise PromptError(
-            f"expected scenes/<{'|'.join(CATEGORIES)}>[/1|2|3]@<train|heldout|align-heldout>, got '{config.source}'"
+            f"expected scenes/<{'|'.join(CATEGORIES)}>[/1|2|3]@<train|heldout|align-heldout>, got"
+            f" '{config.source}'"
         )
     if category == "edits":
-        raise PromptError("scenes/edits: edits need source pictures on disk; this version trains text-to-image prompts")
+        raise PromptError(
+            "scenes/edits: edits need source pictures on disk; this version trains text-to-image"
+            " prompts"
+        )
     if config.count < 1:
-        raise PromptError(f"{config.source}: expected count >= 1, got {config.count}: the world has no end")
+        raise PromptError(
+            f"{config.source}: expected count >= 1, got {config.count}: the world has no end"
+        )
     out: dict[str, Prompt] = {}
     for seed in range(100 * config.count):
         spec = world.draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
         assert not isinstance(spec, Edit)
         text = world.terse(spec)
         if text not in out:
-            out[text] = Prompt(id=f"{config.source}#{seed}", text=text, category=category, target=dump(spec))
+            out[text] = Prompt(
+                id=f"{config.source}#{seed}", text=text, category=category, target=dump(spec)
+            )
         if len(out) == config.count:
-            break
-    return list(out.values())
+            return list(out.values())
+    raise PromptError(
+        f"{config.source}: expected {config.count} different prompts, there are {len(out)}: lower"
+        " count"
+    )
 
 
 def _jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -84,9 +101,13 @@ def _jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise PromptError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r} ({error})") from error
+                raise PromptError(
+                    f"{path}, line {number}: expected a JSON object, got {line[:60]!r} ({error})"
+                ) from error
             if not isinstance(row, dict):
-                raise PromptError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+                raise PromptError(
+                    f"{path}, line {number}: expected a JSON object, got {type(row).__name__}"
+                )
             yield row
 
 
@@ -97,7 +118,8 @@ def _dataset(config: PromptSet) -> Iterable[Mapping[str, Any]]:
         return datasets.load_dataset(config.source, split=config.split)  # type: ignore[return-value]
     except Exception as error:  # the boundary to `datasets`, which raises many types
         raise PromptError(
-            f"prompts.source: expected a .jsonl file, a path `datasets` can open, or scenes/..., got"
+            "prompts.source: expected a .jsonl file, a path `datasets` can open, or scenes/...,"
+            " got"
             f" '{config.source}': {type(error).__name__}: {error}"
         ) from error
 
@@ -106,16 +128,22 @@ def _prompt(row: Mapping[str, Any], index: int, source: str) -> Prompt:
     where = f"{source}, row {index + 1}"
     text = row.get("prompt")
     if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"{where}: expected a column 'prompt' with text, got {text!r} (columns: {sorted(row)})")
+        raise PromptError(
+            f"{where}: expected a column 'prompt' with text, got {text!r} (columns: {sorted(row)})"
+        )
     for column in ("category", "negative_prompt", "target"):
         if row.get(column) is not None and not isinstance(row[column], str):
-            raise PromptError(f"{where}: expected text in '{column}', got {type(row[column]).__name__}")
+            raise PromptError(
+                f"{where}: expected text in '{column}', got {type(row[column]).__name__}"
+            )
     sources = row.get("source_images") or ()
     if isinstance(sources, str) or not all(isinstance(s, str) for s in sources):
         raise PromptError(f"{where}: expected a list of paths in 'source_images', got {sources!r}")
     for path in sources:
         if not Path(path).is_file():
-            raise PromptError(f"{where}: expected a source picture at '{path}': there is no such file")
+            raise PromptError(
+                f"{where}: expected a source picture at '{path}': there is no such file"
+            )
     return Prompt(
         id=f"{source}#{index}",
         text=text,
@@ -128,7 +156,8 @@ def _prompt(row: Mapping[str, Any], index: int, source: str) -> Prompt:
 
 
 def batch_of(prompts: Sequence[Prompt], size: int, iteration: int, seed: int) -> tuple[Prompt, ...]:
-    """The prompts of an iteration (counted from 1): epochs are seeded permutations, so nothing is stored.
+    """The prompts of an iteration (counted from 1): epochs are seeded permutations, so nothing is
+    stored.
 
     Raises:
         PromptError: a batch larger than the set.

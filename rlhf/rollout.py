@@ -1,4 +1,5 @@
-"""The rollout worker: a policy that samples the groups it is given with the weights it was given."""
+"""The rollout worker: a policy that samples the groups it is given with the weights it was given.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ class RolloutWorker:
 
     def bind(self, handover: weights.Handover) -> weights.Bound:
         """Take new weights. Raises HandoverError."""
+        self.version = None  # a failed hand-over may leave weights of no version behind
         bound = weights.bind(self.policy, handover)
         self.version = handover.version
         return bound
@@ -67,7 +69,8 @@ class RolloutWorker:
         """Sample one group. Raises StaleRollouts."""
         if ref.version != self.version:
             raise StaleRollouts(
-                f"expected to sample with {ref.version}, but this worker holds {self.version}: publish before rollout"
+                f"expected to sample with {ref.version}, but this worker holds {self.version}:"
+                " publish before rollout"
             )
         sampler = request.sampler
         sources = [images.load_image(p) for p in ref.prompt.sources]

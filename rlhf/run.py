@@ -44,17 +44,7 @@ class Run:
         """Make `root/name` with config.yaml and run.json. Raises ConfigError if the name is taken
         or unusable.
         """
-        if not re.fullmatch(r"[\w][\w.\-]*", name):
-            raise ConfigError(
-                f"expected a run name of letters, digits, '_', '-', '.', got '{name}'"
-            )
-        run = Run(Path(root) / name)
-        if run.root.exists() and any(run.root.iterdir()):
-            raise ConfigError(
-                f"the run '{run.root}' exists: write another name, continue it with --resume "
-                f"{run.root}, "
-                f"or remove the directory"
-            )
+        run = Run(Run.vacant(root, name))
         for folder in (run.samples, run.checkpoints, run.evaluations):
             folder.mkdir(parents=True, exist_ok=True)
         about = {
@@ -66,6 +56,22 @@ class Run:
         run.write_json("run.json", about)
         config_module.save_yaml(config, run.root / "config.yaml")  # last: `open` looks for it
         return run
+
+    @staticmethod
+    def vacant(root: Path | str, name: str) -> Path:
+        """The directory that `create` would fill; nothing is written. Raises ConfigError like it.
+        """
+        if not re.fullmatch(r"[\w][\w.\-]*", name):
+            raise ConfigError(
+                f"expected a run name of letters, digits, '_', '-', '.', got '{name}'"
+            )
+        path = Path(root) / name
+        if path.exists() and any(path.iterdir()):
+            raise ConfigError(
+                f"the run '{path}' exists: write another name, continue it with --resume {path}, "
+                "or remove the directory"
+            )
+        return path
 
     @staticmethod
     def open(path: Path | str) -> Run:

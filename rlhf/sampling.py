@@ -1,7 +1,8 @@
 """Sampling one group of pictures of one prompt: hybrid classifier-free guidance, ODE or SDE steps.
 
-v_g = v_u + w (v_c - v_u), so the conditional velocity is at hand at every guided step and the log-prob of the
-*unguided* policy at the sampled transition costs no extra forward. w = 1 skips the unconditional branch altogether.
+v_g = v_u + w (v_c - v_u), so the conditional velocity is at hand at every guided step and the
+log-prob of the *unguided* policy at the sampled transition costs no extra forward. w = 1 skips the
+unconditional branch altogether.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from rlhf.types import Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """How pictures are made. `window` is the range of steps that are stochastic, stored and trained."""
+    """How pictures are made. `window` is the range of steps that are stochastic, stored and
+    trained.
+    """
 
     steps: int = 10
     guidance: float = 1.0
@@ -46,7 +49,8 @@ class Sampler:
         return self.height, self.width
 
     def schedule(self, policy: Policy) -> schedule.Schedule:
-        """The frozen grid of this sampler on a policy. Raises ConfigError for an impossible window."""
+        """The frozen grid of this sampler on a policy. Raises ConfigError for an impossible window.
+        """
         level = self.noise_level if self.kernel != "ode" else 0.0
         return schedule.build(policy.sigmas(self.steps, self.size), self.kernel, level, self.window)
 
@@ -107,7 +111,7 @@ def sample(
     shape = policy.latent_shape(sampler.size)
     starts = [seeds[0]] * len(seeds) if sampler.shared_noise else list(seeds)
     x = torch.stack([noise.initial_noise(s, shape) for s in starts])
-    kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]] = []
     cosines = []
     for index in range(grid.n_steps):
         v_c, v_u = field(x, grid.sigmas[index])
@@ -120,7 +124,9 @@ def sample(
         done = kernels.step(x, v, grid, index, z)
         if stochastic and store:
             v_train = v_c if v_u is None else kernels.guide(v_c, v_u, train_guidance)
-            shift = kernels.guidance_shift(v, v_train, grid, index)
+            shift = (
+                kernels.guidance_shift(v, v_train, grid, index) if store == "recentred" else None
+            )
             logp = transition_log_prob(v_train, x, done.next, grid, index, store, shift)
             kept.append((index, x, done.next, logp, shift))
         x = done.next
@@ -134,12 +140,13 @@ def sample(
     )
 
 
-def _trajectory(kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor]]) -> Trajectory:
+def _trajectory(kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]) -> Trajectory:
     index, x, after, logp, shift = zip(*kept, strict=True)
+    shifts = [s for s in shift if s is not None]
     return Trajectory(
         index_K=tuple(index),
         x_KGNC=torch.stack(x),
         next_KGNC=torch.stack(after),
         logp_KG=torch.stack(logp),
-        shift_KGNC=torch.stack(shift),
+        shift_KGNC=torch.stack(shifts) if shifts else None,
     )

@@ -185,8 +185,8 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> tuple[float, ...]:
     return _closed(_static_shift(np.linspace(1.0, smallest, steps), shift))
 
 
-def model_time(sigma: float, dtype: torch.dtype) -> Tensor:
-    """The one way from sigma to the model's time input, as a 0-dim tensor of `dtype`.
+def model_time(sigma: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The one way from sigma, a number or a tensor, to the model's time input in `dtype`.
 
     (sigma * 1000 in float32, cast to the model's dtype) / 1000. Casting sigma itself gives another
     number, up to 2e-3 apart in bfloat16.

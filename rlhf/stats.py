@@ -31,7 +31,7 @@ class Estimate:
 
 def bootstrap_mean(
     values: Values,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | np.ndarray | None = None,
     seed: int = 0,
     draws: int = 2000,
 ) -> Estimate:
@@ -60,7 +60,7 @@ def bootstrap_mean(
 def bootstrap_gain(
     before: Values,
     after: Values,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | np.ndarray | None = None,
     seed: int = 0,
     draws: int = 2000,
 ) -> Estimate:

@@ -25,7 +25,9 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How long to train and how often to write. `ema` is the decay of the averaged weights, 0 for none."""
+    """How long to train and how often to write. `ema` is the decay of the averaged weights, 0 for
+    none.
+    """
 
     steps: int
     log_every: int = 50
@@ -63,13 +65,18 @@ def train(
 ) -> Average | None:
     """Train from the last checkpoint of `run` (or from now) to `pace.steps`; returns the average.
 
-    `preview(step, average)` is called before each checkpoint: it may draw pictures and returns figures for
-    the row. Checkpoints hold weights, their average, the optimiser and the step.
+    `preview(step, average)` is called before each checkpoint: it may draw pictures and returns
+    figures for the row. Checkpoints hold weights, their average, the optimiser and the step.
     """
     average = Average(learner.parameters, pace.ema) if pace.ema else None
     first = _restore(run, learner, average)
     log = MetricsLog(run.root)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(run.name, total=pace.steps, completed=first)
         losses, since = [], time.monotonic()
@@ -83,7 +90,11 @@ def train(
             if step % pace.log_every == 0 or step == pace.steps:
                 seconds = time.monotonic() - since
                 row = {"loss": sum(losses) / len(losses), "grad_norm": outcome.grad_norm}
-                row |= {"lr": learner.rate(), "seconds/step": seconds / len(losses), **outcome.metrics}
+                row |= {
+                    "lr": learner.rate(),
+                    "seconds/step": seconds / len(losses),
+                    **outcome.metrics,
+                }
                 losses, since = [], time.monotonic()
             saving = step % pace.save_every == 0 or step == pace.steps
             if saving and preview is not None:

@@ -1,7 +1,7 @@
 """The nouns of an alignment run.
 
-Shape letters: P prompts, G samples per prompt (a group), K trained steps, N latent tokens, C latent channels.
-sigma = 1 is noise and sigma = 0 is data: x = (1 - sigma) x0 + sigma eps, v = eps - x0.
+Shape letters: P prompts, G samples per prompt (a group), K trained steps, N latent tokens, C latent
+channels. sigma = 1 is noise and sigma = 0 is data: x = (1 - sigma) x0 + sigma eps, v = eps - x0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from rlhf.schedule import Schedule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One row of a prompt set. `target` is whatever the judges check against (for scenes, the spec as JSON)."""
+    """One row of a prompt set. `target` is whatever the judges check against (for scenes, the spec
+    as JSON).
+    """
 
     id: str
     text: str
@@ -31,7 +33,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """Which weights: slot name, optimiser iteration they are of, and the checksum of their bytes."""
+    """Which weights: slot name, optimiser iteration they are of, and the checksum of their bytes.
+    """
 
     slot: str
     step: int
@@ -52,7 +55,8 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRef:
-    """Handle of one group of samples that lives in the cluster. Never carries pictures or latents."""
+    """Handle of one group of samples that lives in the cluster. Never carries pictures or latents.
+    """
 
     id: str  # unique among the groups alive: iteration, purpose and position
     iteration: int
@@ -75,7 +79,9 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """One group sampled by one policy version: the final latents, the pictures and what the loss asked for."""
+    """One group sampled by one policy version: the final latents, the pictures and what the loss
+    asked for.
+    """
 
     ref: GroupRef
     schedule: Schedule
@@ -89,7 +95,9 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
-    """Value per sample, and whether the sample may be learnt from. Not live means weight 0 in every loss."""
+    """Value per sample, and whether the sample may be learnt from. Not live means weight 0 in every
+    loss.
+    """
 
     value_PG: Float[Tensor, "p g"]
     live_PG: Bool[Tensor, "p g"]

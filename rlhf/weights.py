@@ -1,8 +1,9 @@
 """Handing weights from the learner to the rollout workers, with proof that they arrived.
 
-A hand-over carries the tensors of one slot, their checksum and the velocities of a probe input under them. The
-receiver loads the tensors by exact name, recomputes the checksum from what it bound, counts the modules and
-repeats the probe. A worker whose rollouts use other weights than the learner's cannot pass.
+A hand-over carries the tensors of one slot, their checksum and the velocities of a probe input
+under them. The receiver loads the tensors by exact name, recomputes the checksum from what it
+bound, counts the modules and repeats the probe. A worker whose rollouts use other weights than the
+learner's cannot pass.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.view(torch.uint8).numpy().tobytes() if value.dim() else value.numpy().tobytes())
+        total.update(
+            value.view(torch.uint8).numpy().tobytes() if value.dim() else value.numpy().tobytes()
+        )
     return total.hexdigest()
 
 
@@ -58,7 +61,11 @@ def probe(policy: Policy, slot: str) -> np.ndarray:
     """Velocities of a fixed input under a slot, float32 (1, N, C)."""
     condition = policy.encode(PROBE_TEXT)
     x = noise.initial_noise(0, policy.latent_shape(PROBE_SIZE))[None]
-    return policy.velocity(x, torch.full((1,), 0.5), condition, size=PROBE_SIZE, slot=slot).cpu().numpy()
+    return (
+        policy.velocity(x, torch.full((1,), 0.5), condition, size=PROBE_SIZE, slot=slot)
+        .cpu()
+        .numpy()
+    )
 
 
 def prepare(policy: Policy, slot: str, step: int) -> Handover:
@@ -77,19 +84,23 @@ def bind(policy: Policy, handover: Handover) -> Bound:
     """
     tensors = {n: torch.from_numpy(np.array(a)) for n, a in handover.arrays.items()}
     if not tensors:
-        raise HandoverError("expected weights to bind, got none: the policy has no trainable modules")
+        raise HandoverError(
+            "expected weights to bind, got none: the policy has no trainable modules"
+        )
     policy.slots.load("train", tensors)
     mine = checksum(policy.slots.tensors("train"))
     if mine != handover.version.checksum:
         raise HandoverError(
-            f"expected weights {handover.version.checksum} of {handover.version.slot}, bound {mine}:"
+            f"expected weights {handover.version.checksum} of {handover.version.slot}, bound"
+            f" {mine}:"
             " the transport changed them"
         )
     gap = float(np.abs(probe(policy, "train") - handover.probe).max())
     limit = TOLERANCE[getattr(policy, "dtype", torch.float32)]
     if not gap <= limit:
         raise HandoverError(
-            f"expected the learner's velocities to within {limit}, got a gap of {gap:.2e}: the bound weights are"
+            f"expected the learner's velocities to within {limit}, got a gap of {gap:.2e}: the"
+            " bound weights are"
             " not the ones in use (merged adapters, another base, or another dtype)"
         )
     modules = len({name.rpartition(".")[0] for name in tensors})

@@ -8,6 +8,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_head():
+    """One Ray for the whole session, with room for every cluster of the tests."""
+    import ray
+
+    from rlhf.cluster.ray import connect
+
+    connect(None, 8)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A complete pipeline of tiny random parts on disk, its latent statistics not trivial."""
+    from rlhf.models.tiny import random_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipeline = random_pipeline()
+    draw = torch.Generator().manual_seed(7)
+    pipeline.vae.register_to_config(
+        latents_mean=torch.randn(64, generator=draw).tolist(),
+        latents_std=(0.5 + torch.rand(64, generator=draw)).tolist(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -1,6 +1,7 @@
 """Training data drawn from the scenes world: pictures, captions and edits as tensors.
 
-Everything is a function of (seed, index), so a resumed program sees what an unkilled one would have seen.
+Everything is a function of (seed, index), so a resumed program sees what an unkilled one would have
+seen.
 """
 
 from __future__ import annotations
@@ -25,10 +26,19 @@ MIXTURE: Mapping[str, float] = {
     "edits": 0.08,
 }
 
+PICTURES: Mapping[str, float] = {  # for an autoencoder, which sees pictures alone
+    "objects/1": 0.1,
+    "objects/2": 0.25,
+    "objects/3": 0.15,
+    "portraits": 0.3,
+    "text": 0.2,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB)."""
+    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB).
+    """
 
     kind: str
     caption: str
@@ -43,7 +53,8 @@ class Example:
 
 
 def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.0) -> Example:
-    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones."""
+    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones.
+    """
     category, _, level = kind.partition("/")
     spec = draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
     chosen = np.random.default_rng([7, seed]).random() < rich_share
@@ -54,13 +65,19 @@ def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.
 
 
 def mixture(
-    n: int, seed: int, split: Split = "train", weights: Mapping[str, float] = MIXTURE, rich_share: float = 0.0
+    n: int,
+    seed: int,
+    split: Split = "train",
+    weights: Mapping[str, float] = MIXTURE,
+    rich_share: float = 0.0,
 ) -> list[Example]:
     """`n` examples in the shares of `weights`, in a shuffled order."""
     rng = np.random.default_rng([seed, n])
     kinds, shares = list(weights), np.array(list(weights.values()))
     picked = rng.choice(len(kinds), size=n, p=shares / shares.sum())
-    return [example(kinds[k], seed * 10_000_019 + i, split, rich_share) for i, k in enumerate(picked)]
+    return [
+        example(kinds[k], seed * 10_000_019 + i, split, rich_share) for i, k in enumerate(picked)
+    ]
 
 
 def rgba(pictures: np.ndarray) -> Float[Tensor, "b 4 h w"]:

@@ -39,9 +39,7 @@ MIN_CORRELATION = 0.72  # strict: how well the template must fit; two pixels off
 MIN_MARGIN = 0.02  # strict: by how much it must fit better than any other shape's
 MAX_COLOUR, MAX_BACKGROUND = 60.0, 45.0  # strict: RGB distances
 MAX_CLUTTER = 18.0  # strict: rms of block means in a cell that is to be empty
-MAX_RESIDUAL = (
-    0.35  # strict: rms of block means a thing does not explain, as a share of its contrast
-)
+MAX_RESIDUAL = 0.35  # strict: rms of block means left unexplained, as a share of the contrast
 _BACKGROUNDS, _COLOURS = list(BACKGROUNDS), list(COLOURS)
 _PALETTE = np.concatenate([table(COLOURS), table(BACKGROUNDS)])
 

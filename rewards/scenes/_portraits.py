@@ -38,11 +38,11 @@ from rewards.scenes.specs import BACKGROUNDS, HAIR_STYLES, HAIRS, MOUTHS, SKINS,
 
 WIDTHS = (0.96, 1.0, 1.04)
 MAX_COLOUR = 45.0  # strict: RGB distance
-MAX_BLOCKS = 26.0  # strict: rms of 4 x 4 block means off the declared portrait
+MAX_BLOCKS = 40.0  # strict: rms of 4 x 4 block means off the declared portrait
+MIN_RIMS = 0.4  # strict: from where on rims are worn; thin lines fade with any blur
 MIN_MARGIN = 0.35  # strict: how much more the declared mouth must show than the other
-SAME_COLOUR = (
-    20.0  # hair and background closer than this hide the style, which then is not asked for
-)
+# Hair and background closer than this hide the style, which then is not asked for.
+SAME_COLOUR = 20.0
 _LIPS, _FRAME = (np.array(FACE[part], np.float32) for part in ("mouth", "frame"))
 
 
@@ -146,7 +146,7 @@ def score(face: Face, i: int, spec: Portrait) -> Found:
 
     worn = float(np.clip(along(seen["rims"], seen["skin"], _FRAME), 0, 1))
     values["glasses"] = worn if spec.glasses else 1 - worn
-    ok["glasses"] = values["glasses"] > 0.5
+    ok["glasses"] = (worn > MIN_RIMS) == spec.glasses
 
     rest = face.pixels[i] - _drawn(replace(spec, width=1.0))
     energy = np.square(rest).reshape(len(WIDTHS), -1).mean(1)

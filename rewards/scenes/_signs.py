@@ -1,7 +1,8 @@
 """Reads pictures of `Sign`: four letters in one ink.
 
 x is the picture, b the background colour (mean over the upper and lower band), u the direction of
-the mean of x - b over the band of letters, t a glyph.
+the mean of x - b over the band of letters, t a glyph in
+its place or a pixel off.
 
 reading      what is measured                                    soft
 letters      Pearson r of (x - b).u with t, mean over places     clip(2 r - 1) clip(contrast / 40)
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 
@@ -41,9 +43,15 @@ _PALETTE = np.concatenate([table(COLOURS), table(BACKGROUNDS)])
 
 @lru_cache(maxsize=1)
 def _glyphs() -> tuple[np.ndarray, np.ndarray]:
-    """Masks (12, 32, 16) and middles of strokes (12, 32, 16)."""
-    masks = np.stack([glyph_mask(letter, SIZE) for letter in LETTERS])
-    return masks, np.stack([shrink(mask >= 0.99) for mask in masks])
+    """Masks and middles of strokes, (12 letters x 9 places, 512): up to a pixel off its place."""
+    masks, strokes = [], []
+    for letter in LETTERS:
+        wide = np.pad(glyph_mask(letter, SIZE), 1)
+        for dy, dx in product(range(3), range(3)):
+            mask = wide[dy : dy + 32, dx : dx + 16]
+            masks.append(mask.ravel())
+            strokes.append(shrink(mask >= 0.99).ravel())
+    return np.stack(masks), np.stack(strokes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +80,18 @@ def read(pixels: Pixels) -> Letters:
     u = mean / np.maximum(np.sqrt(np.square(mean).sum(-1, keepdims=True)), 1e-3)
     along_u = np.matmul(u[:, None, None, :], flat)[:, :, 0]
     along_u = along_u - along_u.mean(-1, keepdims=True)
-    unit = masks.reshape(12, -1) - masks.reshape(12, -1).mean(1, keepdims=True)
+    unit = masks - masks.mean(1, keepdims=True)
     unit = unit / np.sqrt(np.square(unit).sum(1, keepdims=True))
     norm = np.sqrt(np.square(along_u).sum(-1, keepdims=True))
-    weights = strokes.reshape(12, -1) / strokes.reshape(12, -1).sum(1, keepdims=True)
+    fit = np.matmul(along_u, unit.T.astype(np.float32)) / np.maximum(norm, 1.0)
+    place = fit.reshape(batch, 4, 12, 9).argmax(-1) + 9 * np.arange(12)  # the best of nine
+    weights = strokes / strokes.sum(1, keepdims=True)
     ink = np.matmul(flat, weights.T.astype(np.float32)).transpose(0, 1, 3, 2)
     edges = block_means(np.concatenate([rest[:, :, :quarter], rest[:, :, -quarter:]], 2))
     return Letters(
         background=distances(b, table(BACKGROUNDS)),
-        letter=np.matmul(along_u, unit.T.astype(np.float32)) / np.maximum(norm, 1.0),
-        ink=ink,
+        letter=np.take_along_axis(fit, place, -1),
+        ink=np.take_along_axis(ink, place[..., None], 2),
         base=b,
         clutter=np.sqrt(np.square(edges).sum(1).mean((-2, -1))),
     )

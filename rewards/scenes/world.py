@@ -183,7 +183,7 @@ def _edit_objects(rng: np.random.Generator, source: Objects, kind: EditKind) -> 
         new = _thing(rng, int(free[int(rng.integers(len(free)))]))
         while new.name in source.counts:
             new = _thing(rng, new.cell)
-        text = f"add a {new.name} at the {_cell_word(new.cell)}"
+        text = f"add {_article(new.name)} at the {_cell_word(new.cell)}"
         target = replace(source, things=(*source.things, new), relation=None)
         return Edit(source=source, target=target, kind=kind, instruction=text)
     things = tuple(new if i == index else t for i, t in enumerate(source.things))

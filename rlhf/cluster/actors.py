@@ -1,4 +1,9 @@
-"""Ray actors: the plain workers of `base`, each in a process of its own with its own threads."""
+"""Bodies of the Ray actors: the plain workers of `base`, each in a process of its own with its own
+threads.
+
+`ray.py` makes actors of these classes; they are kept plain so that they can be checked and tested
+like any other.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
-
 
 class _Actor:
-    """Sets the process up before any model is loaded."""
+    """Sets the process up before any model is loaded.
+
+    `start` builds the worker, not the constructor: an error of a constructor reaches the caller as
+    a dead actor.
+    """
 
     def __init__(self, threads: int) -> None:
         from rewards.compat import ensure_torchvision
@@ -20,19 +27,22 @@ class _Actor:
 
         torch.set_num_threads(threads)
 
-    def ping(self) -> int:
+    def start(self, recipe: Any) -> int:
+        """Build the worker of a recipe; the id of the process. Raises what loading raises."""
+        self.worker = self.make(recipe)
         return os.getpid()
 
+    def make(self, recipe: Any) -> Any:
+        raise NotImplementedError
 
-@ray.remote
+
 class RolloutActor(_Actor):
     """`RolloutWorker` of `rlhf.rollout`."""
 
-    def __init__(self, recipe: Any) -> None:
-        super().__init__(recipe.cluster.rollout_threads)
+    def make(self, recipe: Any) -> Any:
         from rlhf.cluster.base import make_rollout_worker
 
-        self.worker = make_rollout_worker(recipe)
+        return make_rollout_worker(recipe)
 
     def bind(self, handover: Any) -> Any:
         return self.worker.bind(handover)
@@ -41,15 +51,13 @@ class RolloutActor(_Actor):
         return self.worker.rollout(ref, request)
 
 
-@ray.remote
 class RewardActor(_Actor):
     """`RewardWorker` of `rlhf.cluster.base`."""
 
-    def __init__(self, recipe: Any) -> None:
-        super().__init__(1)
+    def make(self, recipe: Any) -> Any:
         from rlhf.cluster.base import RewardWorker
 
-        self.worker = RewardWorker(recipe.judges, recipe.judge_retries)
+        return RewardWorker(recipe.judges, recipe.judge_retries)
 
     def cards(self) -> Any:
         return self.worker.cards()
@@ -58,28 +66,38 @@ class RewardActor(_Actor):
         return self.worker.score(rollouts)
 
 
-@ray.remote
 class LearnerActor(_Actor):
     """`AlignmentLearner` of `rlhf.alignment`."""
 
-    def __init__(self, recipe: Any) -> None:
-        super().__init__(recipe.cluster.learner_threads)
+    def make(self, recipe: Any) -> Any:
         from rlhf.cluster.base import make_learner
 
-        self.learner = make_learner(recipe)
+        return make_learner(recipe)
 
     def publish(self, slot: str) -> tuple[Any, Any]:
-        handover = self.learner.publish(slot)
+        handover = self.worker.publish(slot)
         return handover.version, handover
 
     def update(self, advantages: Any, *rollouts: Any) -> Any:
-        return self.learner.update(rollouts, advantages)
+        return self.worker.update(rollouts, advantages)
 
-    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
-        self.learner.save(folder, step, keep_last, keep_best, metric)
+    def save(
+        self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
+    ) -> None:
+        self.worker.save(folder, step, keep_last, keep_best, metric)
 
     def load(self, path: Path) -> int:
-        return self.learner.load(path)
+        return self.worker.load(path)
 
     def export(self, slot: str, folder: Path) -> None:
-        self.learner.policy.export(str(folder), self.learner.policy.slots.tensors(slot))
+        self.worker.policy.export(str(folder), self.worker.policy.slots.tensors(slot))
+
+
+class AnyActor(_Actor):
+    """Whatever a function returns; see `rlhf.cluster.pool`."""
+
+    def make(self, recipe: Any) -> Any:
+        return recipe()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.worker, method)(*args)

@@ -33,7 +33,8 @@ from rlhf.types import Advantages, GroupRef, Rollouts, StepReport, Version
 class ClusterConfig:
     """`ray` places rollout, reward and learner actors; `local` does everything in this process.
 
-    Results do not depend on `rollout_workers`, only on threads per process. `address` joins a running Ray.
+    Results do not depend on `rollout_workers`, only on threads per process. `address` joins a
+    running Ray.
     """
 
     kind: Literal["local", "ray"] = "ray"
@@ -47,8 +48,18 @@ class ClusterConfig:
     address: str | None = None
 
     def check(self) -> None:
-        if min(self.rollout_workers, self.reward_workers, self.rollout_threads, self.learner_threads) < 1:
-            raise ConfigError("cluster: expected at least one worker of each kind and one thread each")
+        if (
+            min(
+                self.rollout_workers,
+                self.reward_workers,
+                self.rollout_threads,
+                self.learner_threads,
+            )
+            < 1
+        ):
+            raise ConfigError(
+                "cluster: expected at least one worker of each kind and one thread each"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +85,10 @@ class Cluster(Protocol):
 
     def publish(self, slot: str) -> Version: ...
 
+    def cards(self) -> tuple[JudgeCard, ...]:
+        """Who judges."""
+        ...
+
     def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
         """Pictures of groups, uint8 (P, G, 3, H, W)."""
         ...
@@ -82,7 +97,9 @@ class Cluster(Protocol):
         """Forget groups that are no longer needed."""
         ...
 
-    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None: ...
+    def save(
+        self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
+    ) -> None: ...
 
     def load(self, path: Path) -> int: ...
 

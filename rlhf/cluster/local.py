@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards.types import Score, Scores
+from rewards.types import JudgeCard, Score, Scores
 from rlhf.cluster.base import (
     Recipe,
     RewardWorker,
@@ -30,6 +30,9 @@ class LocalCluster:
         self.learner = make_learner(recipe)
         self._held: dict[str, Rollouts] = {}
 
+    def cards(self) -> tuple[JudgeCard, ...]:
+        return self.rewards.cards()
+
     def publish(self, slot: str) -> Version:
         with threads(self.recipe.cluster.learner_threads):
             handover = self.learner.publish(slot)
@@ -45,7 +48,9 @@ class LocalCluster:
         return refs
 
     def score(self, refs: Sequence[GroupRef]) -> Scores:
-        groups: list[dict[str, tuple[Score, ...]]] = [self.rewards.score(self._held[r.id]) for r in refs]
+        groups: list[dict[str, tuple[Score, ...]]] = [
+            self.rewards.score(self._held[r.id]) for r in refs
+        ]
         return assemble_scores(self.rewards.cards(), groups)
 
     def update(self, refs: Sequence[GroupRef], advantages: Advantages) -> StepReport:
@@ -59,7 +64,9 @@ class LocalCluster:
         for ref in refs:
             self._held.pop(ref.id, None)
 
-    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
+    def save(
+        self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
+    ) -> None:
         self.learner.save(folder, step, keep_last, keep_best, metric)
 
     def load(self, path: Path) -> int:

@@ -1,8 +1,8 @@
 """The same verbs on Ray actors.
 
-Groups go to whichever rollout worker is free; a finished group is sent to a reward worker at once, so judging
-overlaps with sampling. Results depend on seeds and groups alone, not on who computed what. Every wait is bounded.
-Ray's transport is cloudpickle: run it on a cluster you trust.
+Groups go to whichever rollout worker is free; a finished group is sent to a reward worker at once,
+so judging overlaps with sampling. Results depend on seeds and groups alone, not on who computed
+what. Every wait is bounded. Ray's transport is cloudpickle: run it on a cluster you trust.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from rewards.types import Scores
+from rewards.errors import RewardError
+from rewards.types import JudgeCard, Scores
 from rlhf.cluster.actors import LearnerActor, RewardActor, RolloutActor
 from rlhf.cluster.base import Recipe, assemble_scores
 from rlhf.errors import ClusterError
@@ -29,14 +30,30 @@ def connect(address: str | None, workers: int) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    env = {"env_vars": {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}}
+    env = {
+        "env_vars": {
+            "OMP_WAIT_POLICY": "passive",
+            "KMP_BLOCKTIME": "0",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    }
     if address:
         ray.init(address=address, runtime_env=env, **quiet)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(num_cpus=max(os.cpu_count() or 1, workers), include_dashboard=False, runtime_env=env, **quiet)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, workers),
+        include_dashboard=False,
+        runtime_env=env,
+        **quiet,
+    )
     return True
+
+
+def _remote(body: type, options: dict[str, Any], threads: int) -> Any:
+    return ray.remote(body).options(**options).remote(threads)
 
 
 class RayCluster:
@@ -46,17 +63,26 @@ class RayCluster:
         self.recipe, c = recipe, recipe.cluster
         self._started = connect(c.address, c.rollout_workers + c.reward_workers + 1)
         options = {"num_cpus": 0 if c.gpus_per_worker else 1, "num_gpus": c.gpus_per_worker}
-        self.learner = LearnerActor.options(num_cpus=0, num_gpus=c.gpus_per_learner).remote(recipe)
-        self.workers = [RolloutActor.options(**options).remote(recipe) for _ in range(c.rollout_workers)]
-        self.judges = [RewardActor.options(num_cpus=0).remote(recipe) for _ in range(c.reward_workers)]
-        self._wait([a.ping.remote() for a in (self.learner, *self.workers, *self.judges)], "start of the actors")
-        self._next_judge = cycle(self.judges)
-        self._cards = self._wait([self.judges[0].cards.remote()], "judge cards")[0]
+        learner = {"num_cpus": 0, "num_gpus": c.gpus_per_learner}
+        self.learner = _remote(LearnerActor, learner, c.learner_threads)
+        self.workers = [
+            _remote(RolloutActor, options, c.rollout_threads) for _ in range(c.rollout_workers)
+        ]
+        self.judges = [_remote(RewardActor, {"num_cpus": 0}, 1) for _ in range(c.reward_workers)]
         self._rollouts: dict[str, ray.ObjectRef] = {}
         self._scores: dict[str, ray.ObjectRef] = {}
+        try:
+            everyone = (self.learner, *self.workers, *self.judges)
+            self._wait([a.start.remote(recipe) for a in everyone], "start of the actors")
+            self._cards = self._wait([self.judges[0].cards.remote()], "judge cards")[0]
+        except BaseException:
+            self.close()
+            raise
+        self._next_judge = cycle(self.judges)
 
     def _wait(self, refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-        """Results of remote calls. Errors of this package come back as themselves; others as ClusterError."""
+        """Results of remote calls. Errors of this package come back as themselves, those of Ray as
+        ClusterError, and any other with its remote traceback."""
         try:
             return ray.get(list(refs), timeout=self.recipe.cluster.timeout_seconds)
         except ray.exceptions.GetTimeoutError as error:
@@ -65,9 +91,21 @@ class RayCluster:
                 " cluster.timeout_seconds, or look at the actors' logs"
             ) from error
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            cause = error.cause
+            while isinstance(cause, ray.exceptions.RayTaskError):
+                cause = cause.cause  # that of the task whose result was needed
+            if isinstance(cause, ray.exceptions.RayActorError):
+                raise ClusterError(
+                    f"{what}: an actor died: {cause}; continue with --resume"
+                ) from error
+            raise (
+                cause if isinstance(cause, RewardError) else error.as_instanceof_cause()
+            ) from None
         except ray.exceptions.RayActorError as error:
             raise ClusterError(f"{what}: an actor died: {error}; continue with --resume") from error
+
+    def cards(self) -> tuple[JudgeCard, ...]:
+        return self._cards
 
     def publish(self, slot: str) -> Version:
         version, handover = self.learner.publish.options(num_returns=2).remote(slot)
@@ -86,7 +124,9 @@ class RayCluster:
                 running[future] = (ref, worker)
             done, _ = ray.wait(list(running), timeout=self.recipe.cluster.timeout_seconds)
             if not done:
-                raise ClusterError("rollout: no group finished in time: raise cluster.timeout_seconds")
+                raise ClusterError(
+                    "rollout: no group finished in time: raise cluster.timeout_seconds"
+                )
             ref, worker = running.pop(done[0])
             idle.append(worker)
             self._rollouts[ref.id] = done[0]
@@ -98,18 +138,28 @@ class RayCluster:
         return assemble_scores(self._cards, groups)
 
     def update(self, refs: Sequence[GroupRef], advantages: Advantages) -> StepReport:
-        return self._wait([self.learner.update.remote(advantages, *(self._rollouts[r.id] for r in refs))], "update")[0]
+        return self._wait(
+            [self.learner.update.remote(advantages, *(self._rollouts[r.id] for r in refs))],
+            "update",
+        )[0]
 
     def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
-        return np.stack([r.pixels.numpy() for r in self._wait([self._rollouts[r.id] for r in refs], "pictures")])
+        return np.stack(
+            [r.pixels.numpy() for r in self._wait([self._rollouts[r.id] for r in refs], "pictures")]
+        )
 
     def release(self, refs: Sequence[GroupRef]) -> None:
         for ref in refs:
             self._rollouts.pop(ref.id, None)
             self._scores.pop(ref.id, None)
 
-    def save(self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None) -> None:
-        self._wait([self.learner.save.remote(folder.absolute(), step, keep_last, keep_best, metric)], "checkpoint")
+    def save(
+        self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
+    ) -> None:
+        self._wait(
+            [self.learner.save.remote(folder.absolute(), step, keep_last, keep_best, metric)],
+            "checkpoint",
+        )
 
     def load(self, path: Path) -> int:
         return self._wait([self.learner.load.remote(path.absolute())], "resume")[0]

@@ -1,1 +1,3 @@
-"""Model construction: the stock diffusers and transformers classes at embedded size, and how they start."""
+"""Model construction: the stock diffusers and transformers classes at embedded size, and how they
+start.
+"""

@@ -1,9 +1,11 @@
-"""Stock `AutoencoderKLQwenImage21` at embedded size, started from the principal components of patches.
+"""Stock `AutoencoderKLQwenImage21` at embedded size, started from the principal components of
+patches.
 
-A convolutional 16x autoencoder trained from scratch spends its first hours on what a linear code has for free.
-The stock class can hold that code exactly when the input is patchified by 16: residual branches start at
-zero, a constant channel makes the RMS norm linear, and silu(u) - silu(-u) = u carries a signed value through
-the SiLU. Training then starts at the quality of PCA and improves on it with context and nonlinearity.
+A convolutional 16x autoencoder trained from scratch spends its first hours on what a linear code
+has for free. The stock class can hold that code exactly when the input is patchified by 16:
+residual branches start at zero, a constant channel makes the RMS norm linear, and silu(u) -
+silu(-u) = u carries a signed value through the SiLU. Training then starts at the quality of PCA and
+improves on it with context and nonlinearity.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch import Tensor
 
 LATENTS = 64
 PATCH = 16
-WHITENING = 0.5  # latent k has standard deviation (sd_k / sd_0) ** (1 - WHITENING) before normalisation
+WHITENING = (
+    0.5  # latent k has standard deviation (sd_k / sd_0) ** (1 - WHITENING) before normalisation
+)
 _SIGNAL = 0.03  # size of the coded signal beside the constant channel
 
 
@@ -39,12 +43,16 @@ def tiny_autoencoder(width: int = 136) -> AutoencoderKLQwenImage21:
     )
 
 
-def encode_mode(vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b c y x"]:
+def encode_mode(
+    vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]
+) -> Float[Tensor, "b c y x"]:
     """Posterior mode of pictures in [-1, 1], as the encoder gives it (not normalised)."""
     return vae.encode(rgba.unsqueeze(2)).latent_dist.mode()[:, :, 0]
 
 
-def decode_raw(vae: AutoencoderKLQwenImage21, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 4 h w"]:
+def decode_raw(
+    vae: AutoencoderKLQwenImage21, latents: Float[Tensor, "b c y x"]
+) -> Float[Tensor, "b 4 h w"]:
     """Pictures around [-1, 1] without the clamp of `vae.decode`, which kills gradients outside."""
     decoded = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)), first_chunk=True)
     return _unpatchify(decoded, vae.config.patch_size or 1)[:, :, 0]
@@ -56,7 +64,9 @@ def patches(rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "n d"]:
     return rows.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
 
 
-def principal_components(rows: Float[Tensor, "n d"], k: int = LATENTS) -> tuple[Tensor, Tensor, Tensor]:
+def principal_components(
+    rows: Float[Tensor, "n d"], k: int = LATENTS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (d,), basis (d, k) and standard deviations (k,), largest first."""
     mean = rows.mean(0)
     centred = (rows - mean).double()
@@ -96,7 +106,8 @@ def _difference(conv, rows: Float[Tensor, "d k"], offset: Float[Tensor, " d"], g
 
 @torch.no_grad()
 def spectral_init(vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]) -> None:
-    """Set the weights so that the autoencoder is PCA-64 of the patches of `rgba`, to within a few percent.
+    """Set the weights so that the autoencoder is PCA-64 of the patches of `rgba`, to within a few
+    percent.
 
     Raises:
         ValueError: an autoencoder that does not patchify by 16 or is narrower than 129 channels.
@@ -104,7 +115,8 @@ def spectral_init(vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"])
     width = vae.encoder.conv_in.weight.shape[0]
     if vae.config.patch_size != PATCH or width <= 2 * LATENTS:
         raise ValueError(
-            f"expected patch_size 16 and a width above {2 * LATENTS}, got {vae.config.patch_size} and {width}:"
+            f"expected patch_size 16 and a width above {2 * LATENTS}, got {vae.config.patch_size}"
+            f" and {width}:"
             " the linear start needs both, train from random weights otherwise"
         )
     mean, basis, sd = principal_components(patches(rgba))

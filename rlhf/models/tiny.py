@@ -1,8 +1,8 @@
 """The embedded model: every component of `QwenImage21Pipeline`, tiny and offline.
 
-The classes are the stock ones; only sizes differ. The tokenizer is a byte-level BPE made in place from captions, with
-the special tokens and the chat template the pipeline expects, and capital letters kept apart so that the letters of
-a sign are tokens of their own.
+The classes are the stock ones; only sizes differ. The tokenizer is a byte-level BPE made in place
+from captions, with the special tokens and the chat template the pipeline expects, and capital
+letters kept apart so that the letters of a sign are tokens of their own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def make_tokenizer(captions: Iterable[str], vocab_size: int = 768) -> PreTrained
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, max_side: int = 256) -> Qwen3VLProcessor:
-    """One merged vision token covers 32 px, the 2x2 latents that the transformer expands it into."""
+    """One merged vision token covers 32 px, the 2x2 latents that the transformer expands it into.
+    """
     patch = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=32 * 32, max_pixels=max_side**2, **patch),
@@ -129,7 +130,9 @@ def make_text_encoder(
 def make_transformer(
     layers: int = 6, heads: int = 4, head_dim: int = 64, context: int = 128, latents: int = 64
 ) -> QwenImage21Transformer2DModel:
-    """A `QwenImage21Transformer2DModel` of width heads * head_dim; a quarter of each head is the frame axis."""
+    """A `QwenImage21Transformer2DModel` of width heads * head_dim; a quarter of each head is the
+    frame axis.
+    """
     side = 3 * head_dim // 8
     return QwenImage21Transformer2DModel(
         in_channels=latents,
@@ -172,7 +175,9 @@ def assemble(
 
 
 def random_pipeline(seed: int = 0, *, layers: int = 2, width: int = 64) -> QwenImage21Pipeline:
-    """A complete pipeline with random weights, for tests: width `width`, 64 px patches of any size divisible by 32."""
+    """A complete pipeline with random weights, for tests: width `width`, 64 px patches of any size
+    divisible by 32.
+    """
     from rlhf.models.autoencoder import tiny_autoencoder
 
     torch.manual_seed(seed)

@@ -1,7 +1,8 @@
 """What the rest of the library knows of a policy.
 
-A policy is a velocity field over packed latents (B, N, C), a condition encoder and a decoder. One call has one
-layout: the exact text length, the size of the picture and the source pictures are the same for every row.
+A policy is a velocity field over packed latents (B, N, C), a condition encoder and a decoder. One
+call has one layout: the exact text length, the size of the picture and the source pictures are the
+same for every row.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Policy(Protocol):
         ...
 
     def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
-        """Condition keys and values under one slot's weights, with gradient where grad is enabled."""
+        """Condition keys and values under one slot's weights, with gradient where grad is enabled.
+        """
         ...
 
     def velocity(
@@ -60,7 +62,9 @@ class Policy(Protocol):
         prefix: Prefix | None = None,
         slot: str = "train",
     ) -> Tensor:
-        """v(x, sigma | condition), float32 (B, N, C). B is a multiple of the P prompts, siblings adjacent."""
+        """v(x, sigma | condition), float32 (B, N, C). B is a multiple of the P prompts, siblings
+        adjacent.
+        """
         ...
 
     def decode(self, x0_GNC: Tensor, size: tuple[int, int]) -> UInt8[Tensor, "g 3 h w"]:
@@ -68,7 +72,9 @@ class Policy(Protocol):
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(N, C) of a picture of (height, width). Raises ConfigError for a size the model cannot make."""
+        """(N, C) of a picture of (height, width). Raises ConfigError for a size the model cannot
+        make.
+        """
         ...
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:

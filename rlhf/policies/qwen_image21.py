@@ -1,7 +1,8 @@
 """Qwen-Image-2.1 as a policy: the stock pipeline's parts, called one layout at a time.
 
-Text and source tokens are modulated at t = 0 and attend causally, so their keys and values are the same for every
-step and every member of a group: `prefix` computes them once per prompt, `velocity` expands them over the rows.
+Text and source tokens are modulated at t = 0 and attend causally, so their keys and values are the
+same for every step and every member of a group: `prefix` computes them once per prompt, `velocity`
+expands them over the rows.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "img_mlp.ou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """Low-rank adapters (arXiv:2106.09685) on the linears of every block. `alpha` / `rank` scales them."""
+    """Low-rank adapters (arXiv:2106.09685) on the linears of every block. `alpha` / `rank` scales
+    them.
+    """
 
     rank: int = 32
     alpha: int = 32
@@ -42,12 +45,16 @@ class Lora:
 
     def check(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"policy.lora.rank: expected at least 1, got {self.rank}: 32 is usual")
+            raise ConfigError(
+                f"policy.lora.rank: expected at least 1, got {self.rank}: 32 is usual"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
-    """`model` is a directory or hub id, or `scenes`, the embedded base. `train`: LoRA adapters or all weights."""
+    """`model` is a directory or hub id, or `scenes`, the embedded base. `train`: LoRA adapters or
+    all weights.
+    """
 
     model: str = "scenes"
     train: str = "lora"
@@ -61,6 +68,25 @@ class PolicyConfig:
             raise ConfigError(f"policy.train: expected lora, full or none, got '{self.train}'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"policy.dtype: expected float32 or bfloat16, got '{self.dtype}'")
+        if self.train == "full" and self.dtype != "float32":
+            raise ConfigError(
+                f"policy.dtype: full weights are trained in float32, got {self.dtype}: write"
+                " policy.dtype=float32, or policy.train=lora"
+            )
+
+
+def tokens_of(size: tuple[int, int]) -> int:
+    """Latent tokens of a picture of (height, width). Raises ConfigError for a size the model cannot
+    make.
+    """
+    height, width = size
+    if height % CELL_PX or width % CELL_PX or min(height, width) < CELL_PX:
+        right = "x".join(str(max(1, round(side / CELL_PX)) * CELL_PX) for side in size)
+        raise ConfigError(
+            f"expected a height and width that are multiples of {CELL_PX}, got {height}x{width}:"
+            f" write {right}"
+        )
+    return (height // LATENT_PX) * (width // LATENT_PX)
 
 
 class KVPrefix(Prefix):
@@ -100,7 +126,7 @@ class QwenImage21Policy:
             part.requires_grad_(False).eval()
         self._choose_trainable()
         self.slots = Slots(self.transformer)
-        self._conditions: dict[tuple[str, bytes], Condition] = {}
+        self._conditions: dict[tuple[object, ...], Condition] = {}
 
     def _choose_trainable(self) -> None:
         if self.config.train == "full":
@@ -110,32 +136,44 @@ class QwenImage21Policy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
                 self.transformer.add_adapter(
-                    LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+                    LoraConfig(
+                        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets)
+                    )
                 )
         for parameter in self.transformer.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # masters: a small step must not be rounded away
+                parameter.data = (
+                    parameter.data.float()
+                )  # masters: a small step must not be rounded away
 
-    # --- conditions ------------------------------------------------------------------------------------------
+    # --- conditions
+    # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, text: str, sources: Sequence[np.ndarray] = ()) -> Condition:
         """Condition of one prompt and its source pictures (uint8 RGB (3, H, W))."""
-        key = (text, b"".join(s.tobytes() for s in sources))
+        key = (text, *((s.shape, s.tobytes()) for s in sources))
         if key not in self._conditions:
             self._conditions[key] = self.encode_variants([text], sources)[0]
         return self._conditions[key]
 
     @torch.no_grad()
-    def encode_variants(self, texts: Sequence[str], sources: Sequence[np.ndarray] = ()) -> list[Condition]:
-        """Conditions of several prompts about the same source pictures, each of its own exact length."""
+    def encode_variants(
+        self, texts: Sequence[str], sources: Sequence[np.ndarray] = ()
+    ) -> list[Condition]:
+        """Conditions of several prompts about the same source pictures, each of its own exact
+        length.
+        """
         pictures = [images.to_pil(s).convert("RGBA") for s in sources]
         embeds, mask, slots = self.pipeline.encode_prompt(list(texts), image=pictures or None)
         lengths = [embeds.shape[1]] * len(texts) if mask is None else mask.sum(1).tolist()
         latents, shapes = self._encode_sources(sources)
         return [
             Condition(
-                embeds_PLD=row[None, :n].float(), image_slots_L=slot[:n], sources_PMC=latents, source_shapes=shapes
+                embeds_PLD=row[None, :n].float(),
+                image_slots_L=slot[:n],
+                sources_PMC=latents,
+                source_shapes=shapes,
             )
             for row, slot, n in zip(embeds, slots, lengths, strict=True)
         ]
@@ -151,14 +189,18 @@ class QwenImage21Policy:
             self.latent_shape(size)
             rgb = images.to_float(torch.from_numpy(source)[None])
             rgba = torch.cat([rgb, torch.ones_like(rgb[:, :1])], dim=1).to(self.device, self.dtype)
-            packed.append(self.pack(self.pipeline.vae.encode(rgba.unsqueeze(2)).latent_dist.mode()[:, :, 0]))
+            packed.append(
+                self.pack(self.pipeline.vae.encode(rgba.unsqueeze(2)).latent_dist.mode()[:, :, 0])
+            )
             shapes.append((1, size[0] // LATENT_PX, size[1] // LATENT_PX))
         return (torch.cat(packed, dim=1) if packed else None), tuple(shapes)
 
-    # --- the velocity field ----------------------------------------------------------------------------------
+    # --- the velocity field
+    # ----------------------------------------------------------------------------------
 
     def prefix(self, condition: Condition, slot: str = "train") -> KVPrefix:
-        """Keys and values of the condition tokens; the smallest possible target rides along unused."""
+        """Keys and values of the condition tokens; the smallest possible target rides along unused.
+        """
         prompts = len(condition.embeds_PLD)
         target = condition.embeds_PLD.new_zeros(prompts, 4, self.transformer.config.in_channels)
         cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
@@ -175,20 +217,26 @@ class QwenImage21Policy:
         prefix: KVPrefix | None = None,
         slot: str = "train",
     ) -> Tensor:
-        """See `Policy.velocity`. Without a prefix the whole sequence is computed (same numbers in float32)."""
+        """See `Policy.velocity`. Without a prefix the whole sequence is computed (same numbers in
+        float32).
+        """
         shape = (1, size[0] // LATENT_PX, size[1] // LATENT_PX)
         cache = prefix.expanded(len(x_BNC)) if prefix is not None else None
         mode = "cached" if prefix is not None else None
         time = model_time(sigma_B.to(self.device), self.dtype)
         out = self._call(slot, x_BNC, time, condition, shape, cache, mode)
-        return out[:, -x_BNC.shape[1] :].float()
+        return out[:, -x_BNC.shape[1] :].float().to(x_BNC.device)
 
     def _call(self, slot, x_BNC, time_B, condition, shape, cache, mode) -> Tensor:
         rows, copies = len(x_BNC), len(x_BNC) // len(condition.embeds_PLD)
         tokens = x_BNC.to(self.device, self.dtype)
         if condition.sources_PMC is not None:
-            tokens = torch.cat([_repeat(condition.sources_PMC, copies).to(tokens.dtype), tokens], dim=1)
-        slots = torch.cat([condition.image_slots_L, condition.image_slots_L.new_ones(shape[1] * shape[2] // 4)])
+            tokens = torch.cat(
+                [_repeat(condition.sources_PMC, copies).to(tokens.dtype), tokens], dim=1
+            )
+        slots = torch.cat(
+            [condition.image_slots_L, condition.image_slots_L.new_ones(shape[1] * shape[2] // 4)]
+        )
         return self.slots.call(
             slot,
             hidden_states=tokens,
@@ -201,16 +249,11 @@ class QwenImage21Policy:
             return_dict=False,
         )[0]
 
-    # --- latents and pictures --------------------------------------------------------------------------------
+    # --- latents and pictures
+    # --------------------------------------------------------------------------------
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int]:
-        height, width = size
-        if height % CELL_PX or width % CELL_PX or min(height, width) < CELL_PX:
-            raise ConfigError(
-                f"expected a height and width that are multiples of {CELL_PX}, got {height}x{width}:"
-                f" write {max(1, round(height / CELL_PX)) * CELL_PX}x{max(1, round(width / CELL_PX)) * CELL_PX}"
-            )
-        return (height // LATENT_PX) * (width // LATENT_PX), self.transformer.config.in_channels
+        return tokens_of(size), self.transformer.config.in_channels
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
         tokens, _ = self.latent_shape(size)
@@ -218,7 +261,10 @@ class QwenImage21Policy:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
-        return tuple(torch.tensor(v, device=like.device).view(1, 1, -1) for v in (config.latents_mean, config.latents_std))
+        return tuple(
+            torch.tensor(v, device=like.device).view(1, 1, -1)
+            for v in (config.latents_mean, config.latents_std)
+        )
 
     def pack(self, latents_BCYX: Tensor) -> Tensor:
         """Encoder output to normalised packed latents (B, N, C), float32."""
@@ -231,42 +277,59 @@ class QwenImage21Policy:
         mean, std = self._statistics(x0_GNC)
         grid = (x0_GNC.float() * std + mean).transpose(1, 2)
         grid = grid.unflatten(2, (1, size[0] // LATENT_PX, size[1] // LATENT_PX))
-        decoded = self.pipeline.vae.decode(grid.to(self.dtype), return_dict=False)[0][:, :3, 0]
+        decoded = self.pipeline.vae.decode(grid.to(self.device, self.dtype), return_dict=False)[0][
+            :, :3, 0
+        ]
         return images.to_uint8(decoded.float()).cpu()
 
     def export(self, folder: str, tensors: Mapping[str, Tensor]) -> None:
-        """LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`; full weights as a transformer."""
+        """LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`; full weights as a
+        transformer.
+        """
         if self.config.train == "lora":
             layers = {n.replace(".default", ""): t.contiguous() for n, t in tensors.items()}
             metadata = {"r": self.config.lora.rank, "lora_alpha": self.config.lora.alpha}
             QwenImage21Pipeline.save_lora_weights(
                 folder,
                 transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=metadata | {"target_modules": list(self.config.lora.targets)},
+                transformer_lora_adapter_metadata=metadata
+                | {"target_modules": list(self.config.lora.targets)},
             )
         else:
-            state = {**self.transformer.state_dict(), **tensors}
-            self.transformer.save_pretrained(folder, state_dict=state)
+            weights = {**self.transformer.state_dict(), **tensors}
+            with torch.device("meta"):
+                shell = type(self.transformer).from_config(self.transformer.config)
+            shell.load_state_dict(weights, assign=True)
+            shell.to(self.dtype).save_pretrained(folder)
 
 
-def load_policy(config: PolicyConfig) -> QwenImage21Policy:
-    """Open a checkpoint directory, hub id or embedded model.
+def locate_base(model: str) -> str:
+    """Directory or hub id of a base, looked at but not opened.
 
     Raises:
         ConfigError: nothing there, or a directory of another pipeline class.
     """
-    path = resolve(config.model)
+    path = resolve(model)
     index = Path(path) / "model_index.json"
     if index.is_file():
         found = json.loads(index.read_text()).get("_class_name")
         if found != PIPELINE:
-            raise ConfigError(f"policy.model: expected a {PIPELINE}, got a {found} in {path}: name another base")
+            raise ConfigError(
+                f"policy.model: expected a {PIPELINE}, got a {found} in {path}: name another base"
+            )
     elif Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/")):
         raise ConfigError(
-            f"policy.model: expected a directory with model_index.json, a hub id or 'scenes', got '{config.model}'"
+            "policy.model: expected a directory with model_index.json, a hub id or 'scenes', got"
+            f" '{model}'"
         )
+    return path
+
+
+def load_policy(config: PolicyConfig) -> QwenImage21Policy:
+    """Open a checkpoint directory, hub id or embedded model. Raises ConfigError if it is none."""
+    path = locate_base(config.model)
     try:
-        pipeline = QwenImage21Pipeline.from_pretrained(path, torch_dtype=torch.float32)
+        pipeline = QwenImage21Pipeline.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
         raise ConfigError(f"policy.model: could not open '{config.model}': {error}") from error
     return QwenImage21Policy(pipeline, config)

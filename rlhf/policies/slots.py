@@ -1,8 +1,9 @@
 """Named versions of the trainable weights of one module.
 
-`train` is the module's own parameters. Every other slot is a set of tensors of the same names that is put in place for
-a call and never changes the module: `behaviour` (what rollouts use), `reference` (the frozen start), `ema`,
-`teacher/...`. For LoRA the reference has lora_B = 0, which is the base model exactly.
+`train` is the module's own parameters. Every other slot is a set of tensors of the same names that
+is put in place for a call and never changes the module: `behaviour` (what rollouts use),
+`reference` (the frozen start), `ema`, `teacher/...`. For LoRA the reference has lora_B = 0, which
+is the base model exactly.
 """
 
 from __future__ import annotations
@@ -55,14 +56,16 @@ class Slots:
 
     @torch.no_grad()
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace a slot. Raises CheckpointError unless names and shapes are exactly this module's."""
+        """Replace a slot. Raises CheckpointError unless names and shapes are exactly this module's.
+        """
         mine = {n: tuple(p.shape) for n, p in self.parameters.items()}
         theirs = {n: tuple(t.shape) for n, t in tensors.items()}
         if mine != theirs:
             wrong = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
             raise CheckpointError(
                 f"slot '{slot}': expected {len(mine)} tensors of this policy, got {len(theirs)};"
-                f" {wrong[0]} is {theirs.get(wrong[0])} instead of {mine.get(wrong[0])}: use the same base,"
+                f" {wrong[0]} is {theirs.get(wrong[0])} instead of {mine.get(wrong[0])}: use the"
+                " same base,"
                 " LoRA rank and targets"
             )
         if slot == "train":

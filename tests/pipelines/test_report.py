@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from pipelines import report
-
 from rlhf import plots
 from rlhf.errors import ConfigError
 from rlhf.metrics import write_rows

@@ -1,0 +1,232 @@
+"""`rlhf bench step`: one iteration against the forwards and backwards that it needs.
+
+Bare: exactly those calls, at the same batch shapes, in as many processes with as many threads as
+the real iteration has (rollouts in the rollout workers' number, training in one). Real: iterations
+of the cluster with its judges, decoder, optimiser and hand-over. Both are measured in turn and
+their medians compared; `bench/efficiency` is bare over real.
+
+`bench/ray_overhead`: one rollout worker and the learner on Ray, over the same in this process, - 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from rlhf import config as config_module
+from rlhf.bare import builder, work_of
+from rlhf.cluster import make_cluster
+from rlhf.cluster.base import Cluster, ClusterConfig
+from rlhf.cluster.pool import Here, Pool, Workers
+from rlhf.errors import ConfigError
+from rlhf.files import atomic_write_text, json_text
+from rlhf.loop import align
+from rlhf.plan import Config as AlignConfig
+from rlhf.plan import Plan
+from rlhf.prompts import load_prompts
+from rlhf.run import machine, report
+from rlhf.types import GroupRef, Version
+
+PHASES = ("rollout", "reward", "train", "sync", "total")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepConfig:
+    """`align`: the configuration whose iteration is timed, with `overrides` as on its command line.
+
+    The first iteration is left out, `repeats` are kept. `overhead` also measures Ray's.
+    """
+
+    align: str = "align/scenes"
+    overrides: tuple[str, ...] = ()
+    repeats: int = 5
+    overhead: bool = True
+    out: str | None = None  # a JSON file to keep the figures in
+
+    def check(self) -> None:
+        if self.repeats < 1:
+            raise ConfigError(f"repeats: expected at least 1, got {self.repeats}: 5 is usual")
+
+    def target(self) -> AlignConfig:
+        """The configuration that is timed. Raises ConfigError."""
+        return config_module.load(AlignConfig, self.align, self.overrides, "align")
+
+
+@dataclass
+class Stopwatch:
+    """An observer of the loop that keeps the rows."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def observe(
+        self, iteration: int, refs: list[GroupRef], row: dict[str, float], version: Version
+    ) -> Version:
+        self.rows.append(row)
+        return version
+
+    def seconds(self, phase: str) -> float:
+        """Median over the iterations after the first."""
+        return statistics.median(row[f"seconds/{phase}"] for row in self.rows[1:])
+
+
+class Bench:
+    """Everything that is timed for one configuration; use it as a context manager."""
+
+    def __init__(self, config: AlignConfig, clusters: Mapping[str, ClusterConfig]) -> None:
+        prompts = load_prompts(config.prompts)
+        self.config, self.plan = config, Plan.of(config, prompts)
+        self.watches = {name: Stopwatch() for name in clusters}
+        self._clusters: dict[str, Cluster] = {}
+        self._recipes = {n: replace(config.recipe(), cluster=c) for n, c in clusters.items()}
+
+    def __enter__(self) -> Bench:
+        try:
+            for name, recipe in self._recipes.items():
+                self._clusters[name] = make_cluster(recipe)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for cluster in reversed(self._clusters.values()):  # the first one started Ray
+            cluster.close()
+        self._clusters.clear()
+
+    def iteration(self, number: int) -> None:
+        """Run iteration `number` on every cluster, one after the other."""
+        for name, cluster in self._clusters.items():
+            align(cluster, replace(self.plan, iterations=number), self.watches[name], number - 1)
+
+
+@dataclass
+class BareTimes:
+    """The bare work in processes of its own."""
+
+    config: AlignConfig
+    rollout: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)
+
+    def __enter__(self) -> BareTimes:
+        c = self.config
+        work = work_of(c.prompts_per_iteration, c.group_size, c.rollout, c.recipe().alignment)
+        self.work, build = work, builder(c.policy, work, c.rollout)
+        self.rollouts: Workers
+        if c.cluster.kind == "local":
+            self.rollouts = Here(build, c.cluster.rollout_threads)
+            self.learner: Workers = Here(build, c.cluster.learner_threads)
+        else:
+            limits = {"timeout": c.cluster.timeout_seconds, "address": c.cluster.address}
+            count, threads = c.cluster.rollout_workers, c.cluster.rollout_threads
+            self.rollouts = Pool(build, count, threads, **limits)
+            self.learner = Pool(build, 1, c.cluster.learner_threads, **limits)
+        self.processes = 1 if c.cluster.kind == "local" else c.cluster.rollout_workers
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.learner.close()
+        self.rollouts.close()
+
+    def iteration(self, plan: Plan, number: int) -> None:
+        """Time the work of iteration `number`: the slowest rollout process, then training."""
+        prompts = plan.request(number).prompts
+        shares = [prompts[i :: self.processes] for i in range(self.processes)]
+        self.rollout.append(max(s for _, s in self.rollouts.map("rollout", shares)))
+        self.train.append(self.learner.each("train", prompts)[0])
+
+
+def step(config: StepConfig) -> dict[str, Any]:
+    """Measure; returns the figures. Raises ConfigError, and what a cluster raises."""
+    began = time.monotonic()
+    target = config.target()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("bench step", total=(config.repeats + 1) * (1 + config.overhead))
+        advance = lambda: progress.update(bar, advance=1)  # noqa: E731
+        metrics = _efficiency(target, config.repeats, advance)
+        if config.overhead:
+            metrics |= _overhead(target, config.repeats, advance)
+    result = report(
+        "bench step",
+        time.monotonic() - began,
+        metrics,
+        align=config.align,
+        overrides=list(config.overrides),
+        cluster=config_module.to_dict(target.cluster),
+        machine=machine(),
+    )
+    if config.out:
+        atomic_write_text(Path(config.out), json_text(result))
+    return result
+
+
+def _efficiency(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:
+    with BareTimes(config) as bare, Bench(config, {"real": config.cluster}) as bench:
+        for number in range(1, repeats + 2):
+            bare.iteration(bench.plan, number)
+            bench.iteration(number)
+            advance()
+        rollout, train = (statistics.median(times[1:]) for times in (bare.rollout, bare.train))
+        counts = bare.work.counts()
+        real = {phase: bench.watches["real"].seconds(phase) for phase in PHASES}
+    figures: dict[str, float] = {
+        "bench/efficiency": (rollout + train) / real["total"],
+        "bench/bare_seconds": rollout + train,
+        "bench/real_seconds": real["total"],
+        "bench/rollout/bare_seconds": rollout,
+        "bench/train/bare_seconds": train,
+        **{f"bench/{p}/real_seconds": real[p] for p in PHASES if p != "total"},
+    }
+    table = {name: {"value": value, "n": repeats} for name, value in figures.items()}
+    return table | {name: {"value": value} for name, value in counts.items()}
+
+
+def _overhead(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:
+    one = replace(config.cluster, kind="ray", rollout_workers=1, reward_workers=1)
+    clusters = {"ray": one, "local": replace(one, kind="local")}
+    with Bench(config, clusters) as bench:
+        for number in range(1, repeats + 2):
+            bench.iteration(number)
+            advance()
+        seconds = {name: watch.seconds("total") for name, watch in bench.watches.items()}
+    return {
+        "bench/ray_overhead": {"value": seconds["ray"] / seconds["local"] - 1, "n": repeats},
+        "bench/ray_seconds": {"value": seconds["ray"], "n": repeats},
+        "bench/local_seconds": {"value": seconds["local"], "n": repeats},
+    }
+
+
+def plan_step(config: StepConfig) -> str:
+    """The counts, for --dry-run."""
+    target = config.target()
+    alignment = target.recipe().alignment
+    work = work_of(target.prompts_per_iteration, target.group_size, target.rollout, alignment)
+    lines = [f"{name:<30} {value}" for name, value in work.counts().items()]
+    return "\n".join([f"one iteration of {config.align}:", *lines])
+
+
+def summarise_step(result: Mapping[str, Any]) -> str:
+    """Bare beside real, by phase."""
+    value = {name: metric["value"] for name, metric in result["metrics"].items()}
+    get = lambda name: value.get(name, 0.0)  # noqa: E731
+    lines = [f"{name:<30} {number:>9,}" for name, number in value.items() if "count/" in name]
+    lines += ["", f"{'seconds per iteration':<22} {'bare':>8} {'real':>8}"]
+    for phase in PHASES[:-1]:
+        bare, real = get(f"bench/{phase}/bare_seconds"), get(f"bench/{phase}/real_seconds")
+        lines.append(f"{phase:<22} {bare:>8.2f} {real:>8.2f}")
+    total = get("bench/bare_seconds"), get("bench/real_seconds")
+    lines.append(f"{'total':<22} {total[0]:>8.2f} {total[1]:>8.2f}")
+    lines += ["", f"efficiency {get('bench/efficiency'):.3f}"]
+    if "bench/ray_overhead" in value:
+        lines.append(
+            f"Ray overhead {get('bench/ray_overhead'):+.1%}"
+            f" ({get('bench/ray_seconds'):.2f} s, in process {get('bench/local_seconds'):.2f} s)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,268 @@
+"""The configuration of an alignment run, and its iterations as requests.
+
+`rlhf align` runs it and `rlhf bench step` times it; see `rlhf.loop` for the iteration itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rewards.types import JudgeCard
+from rlhf.alignment import AlignmentConfig, LossConfig
+from rlhf.cluster.base import ClusterConfig, Recipe
+from rlhf.errors import ConfigError
+from rlhf.evaluation import Protocol
+from rlhf.learner import LearnerConfig
+from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
+from rlhf.prompts import PromptSet, batch_of
+from rlhf.rollout import Request, seeds_of
+from rlhf.sampling import Sampler
+from rlhf.schedule import build, qwen_image21_sigmas
+from rlhf.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out prompts, measured before, every `every` iterations (0 = never) and after."""
+
+    prompts: PromptSet = field(
+        default_factory=lambda: PromptSet(source="scenes/objects/2@align-heldout", count=64)
+    )
+    per_prompt: int = 4
+    every: int = 15
+    steps: int = 20
+    guidance: float | None = None  # None: that of the rollouts
+    settings: tuple[str, ...] = ("guided", "w1")
+    seed: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint every `every` iterations; the newest `keep_last` and best `keep_best` stay."""
+
+    every: int = 10
+    keep_last: int = 2
+    keep_best: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One alignment run. `weights`: category -> judge -> weight, "*" for every other category."""
+
+    name: str = "align"
+    runs: str = "runs"
+    seed: int = 0
+    iterations: int = 40
+    prompts_per_iteration: int = 12
+    group_size: int = 8
+    prompts: PromptSet = field(default_factory=PromptSet)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: Sampler = field(default_factory=lambda: Sampler(guidance=3.0))
+    train_guidance: float = 1.0
+    reference_guidance: float = 1.0
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    judges: tuple[str, ...] = ("oracle/fidelity",)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    judge_retries: int = 1
+    advantage_clip: float = 5.0
+    max_failed_share: float = 0.2
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        """Refuse what cannot be trained, and say what to write instead."""
+        if self.group_size < 2:
+            raise ConfigError(
+                "group_size: expected at least 2 (a group of one has no advantage), got"
+                f" {self.group_size}"
+            )
+        if self.train_guidance not in (1.0, self.rollout.guidance):
+            raise ConfigError(
+                "train_guidance: expected 1 (hybrid) or rollout.guidance"
+                f" ({self.rollout.guidance}), got"
+                f" {self.train_guidance}: the old log-prob must belong to the field that is trained"
+            )
+        if self.reference_guidance != 1.0:
+            raise ConfigError(
+                "reference_guidance: only 1 is supported; above it the KL would distil guidance"
+            )
+        self._check_loss()
+        self._check_numbers()
+        if not self.judges:
+            raise ConfigError(
+                "judges: expected at least one, such as oracle/fidelity or my_rewards.py:brightness"
+            )
+
+    def _check_loss(self) -> None:
+        loss, kernel = self.loss.loss, self.rollout.kernel
+        if kernel not in loss.kernels:
+            raise ConfigError(
+                f"loss.name {loss.name} is defined for kernel {' or '.join(loss.kernels)}, got"
+                f" rollout.kernel={kernel}:"
+                f" write rollout.kernel={loss.kernels[0]}"
+            )
+        start, stop = self.rollout.window
+        if "trajectory" in loss.requires and stop <= start:
+            raise ConfigError(
+                f"loss.name {loss.name} needs stored stochastic steps, got"
+                f" rollout.window={list(self.rollout.window)}:"
+                " write for example rollout.window=[0,4]"
+            )
+        if loss.form is not None and stop > self.rollout.steps - 1:
+            raise ConfigError(
+                f"rollout.window: expected to stop before the last of {self.rollout.steps} steps,"
+                f" got {stop}:"
+                " its noise is too small to train on"
+            )
+
+    def _check_numbers(self) -> None:
+        counts = {
+            "iterations": self.iterations,
+            "prompts_per_iteration": self.prompts_per_iteration,
+            "evaluation.per_prompt": self.evaluation.per_prompt,
+            "checkpoints.every": self.checkpoints.every,
+            "checkpoints.keep_last": self.checkpoints.keep_last,
+        }
+        for key, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{key}: expected at least 1, got {value}")
+        if not 0 <= self.max_failed_share <= 1:
+            raise ConfigError(
+                f"max_failed_share: expected a share from 0 to 1, got {self.max_failed_share}"
+            )
+        if not self.advantage_clip > 0:
+            raise ConfigError(
+                f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
+            )
+        try:
+            tokens_of(self.rollout.size)
+        except ConfigError as error:
+            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
+        protocol = self.protocol()
+        protocol.check()
+        protocol.sampler.check()
+
+    def check_model(self) -> None:
+        """Raise ConfigError for a base that is not there, or a grid its scheduler cannot give."""
+        scheduler = Path(locate_base(self.policy.model)) / "scheduler" / "scheduler_config.json"
+        if not scheduler.is_file():
+            return  # a hub id: seen when it is opened
+        grid = json.loads(scheduler.read_text(encoding="utf-8"))
+        for sampler in (self.rollout, self.protocol().sampler):
+            sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
+            level = sampler.noise_level if sampler.kernel != "ode" else 0.0
+            build(sigmas, sampler.kernel, level, sampler.window)
+
+    def judge_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """`weights`, or equal weights of the judges of these names."""
+        return self.weights or {"*": {name: 1.0 for name in names}}
+
+    def recipe(self) -> Recipe:
+        """What the cluster's workers are built from."""
+        return Recipe(
+            policy=self.policy,
+            alignment=AlignmentConfig(
+                seed=self.seed,
+                train_guidance=self.train_guidance,
+                reference_guidance=self.reference_guidance,
+                loss=self.loss,
+                learner=self.learner,
+            ),
+            judges=self.judges,
+            judge_retries=self.judge_retries,
+            cluster=self.cluster,
+        )
+
+    def protocol(self) -> Protocol:
+        """How held-out pictures are made."""
+        e = self.evaluation
+        sampler = replace(
+            self.rollout,
+            steps=e.steps,
+            kernel="ode",
+            window=(0, 0),
+            guidance=self.rollout.guidance if e.guidance is None else e.guidance,
+        )
+        settings = tuple(s for s in e.settings if s != "w1" or sampler.guidance > 1) or ("guided",)
+        return Protocol(sampler=sampler, per_prompt=e.per_prompt, settings=settings, seed=e.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The iterations of a configuration; see `rlhf.loop.Plan`."""
+
+    config: Config
+    prompts: Sequence[Prompt]
+    iterations: int
+    weights: Mapping[str, Mapping[str, float]]
+    required: Sequence[str]
+    advantage_clip: float
+    max_failed_share: float
+
+    @staticmethod
+    def of(
+        config: Config, prompts: Sequence[Prompt], cards: Sequence[JudgeCard] | None = None
+    ) -> Plan:
+        """The plan of a configuration, checked against the judges where their cards are known.
+
+        Raises:
+            ConfigError: judges of one name, or weights and required judges that name none.
+        """
+        names = config.judges if cards is None else [card.name for card in cards]
+        weights = config.judge_weights(names)
+        if cards is not None:
+            check_judges(config, weights, names, {p.category for p in prompts})
+        return Plan(
+            config=config,
+            prompts=prompts,
+            iterations=config.iterations,
+            weights=weights,
+            required=config.required,
+            advantage_clip=config.advantage_clip,
+            max_failed_share=config.max_failed_share,
+        )
+
+    def request(self, iteration: int) -> Request:
+        """The groups of an iteration, a function of (seed, iteration) alone."""
+        c = self.config
+        chosen = batch_of(self.prompts, c.prompts_per_iteration, iteration, c.seed)
+        return Request(
+            iteration=iteration,
+            prompts=chosen,
+            seeds=seeds_of(c.seed, iteration, len(chosen), c.group_size),
+            sampler=c.rollout,
+            store=c.loss.loss.form,
+            train_guidance=c.train_guidance,
+        )
+
+
+def check_judges(
+    config: Config,
+    weights: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    categories: set[str],
+) -> None:
+    """Raise ConfigError where weights, required judges and prompts do not fit the judges."""
+    if len(set(names)) != len(config.judges):
+        raise ConfigError(
+            f"judges: expected each once, got {list(config.judges)} with the names {list(names)}"
+        )
+    named = {*config.required, *(name for row in weights.values() for name in row)}
+    if unknown := sorted(named - set(names)):
+        raise ConfigError(
+            f"weights and required: expected judges among {list(names)}, got {unknown}"
+        )
+    missing = sorted(categories - set(weights))
+    if missing and "*" not in weights:
+        raise ConfigError(f"weights: expected weights for {missing}, which prompts have: add '*'")
+    for category, row in weights.items():
+        if not sum(row.values()) > 0 or min(row.values()) < 0:
+            raise ConfigError(
+                f"weights.{category}: expected weights >= 0 with a positive sum, got {dict(row)}"
+            )

@@ -1,0 +1,59 @@
+"""The pages in docs/ are run: files they show are written, their Python and commands executed, at
+toy size.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+from rlhf.models.tiny import random_pipeline
+
+DOCS = Path(__file__).parents[1] / "docs"
+SMALL = [
+    "iterations=1",
+    "group_size=2",
+    "rollout.steps=2",
+    "loss.updates_per_rollout=1",
+    "evaluation.steps=2",
+    "evaluation.per_prompt=1",
+    "cluster.kind=local",
+    "cluster.learner_threads=1",
+]
+PAGES = ("own_reward.md", "own_prompts.md", "own_base.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_pipeline().save_pretrained("tiny")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+    ran = 0
+    for language, text in blocks:
+        first, _, rest = text.partition("\n")
+        if first.startswith("# file: "):
+            Path(first.removeprefix("# file: ")).write_text(rest)
+        elif first == "# run":
+            exec(compile(rest, page, "exec"), {})
+        elif language == "bash":
+            words = shlex.split(text)
+            assert words[:2] == ["rlhf", "align"]
+            given = {w.split("=")[0] for w in words}
+            extra = [s for s in SMALL if s.split("=")[0] not in given]
+            extra += [] if "policy.model" in given else ["policy.model=tiny"]
+            if "prompts.source" not in given:
+                extra += [
+                    "prompts.count=4",
+                    "prompts_per_iteration=2",
+                    "evaluation.prompts.count=2",
+                ]
+            assert main([*words[1:], *extra]) == 0
+            name = next(w for w in words if w.startswith("name=")).removeprefix("name=")
+            assert (tmp_path / "runs" / name / "report.html").is_file()
+            ran += 1
+    assert ran >= 1
