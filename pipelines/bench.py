@@ -184,8 +184,11 @@ def _efficiency(config: AlignConfig, repeats: int, advance) -> dict[str, dict[st
         "bench/train/bare_seconds": train,
         **{f"bench/{p}/real_seconds": real[p] for p in PHASES if p != "total"},
     }
-    table = {name: {"value": value, "n": repeats} for name, value in figures.items()}
-    return table | {name: {"value": value} for name, value in counts.items()}
+    table: dict[str, dict[str, float | int]] = {
+        name: {"value": value, "n": repeats} for name, value in figures.items()
+    }
+    table |= {name: {"value": value} for name, value in counts.items()}
+    return table
 
 
 def _overhead(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:

@@ -8,6 +8,10 @@ sampling. `copies` noisy versions of a picture share the keys and values of its 
 block-causal model computes once.
 """
 
+# What the stock classes declare is wider than what they hold.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

@@ -25,11 +25,20 @@ from rlhf.types import GroupRef, Version
 class Plan(Protocol):
     """What an iteration is made of; a program's configuration provides it."""
 
-    iterations: int
-    weights: Mapping[str, Mapping[str, float]]
-    required: Sequence[str]
-    advantage_clip: float
-    max_failed_share: float
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def weights(self) -> Mapping[str, Mapping[str, float]]: ...
+
+    @property
+    def required(self) -> Sequence[str]: ...
+
+    @property
+    def advantage_clip(self) -> float: ...
+
+    @property
+    def max_failed_share(self) -> float: ...
 
     def request(self, iteration: int) -> Request: ...
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray import exceptions
 
 from rewards.errors import RewardError
 from rewards.types import JudgeCard, Scores
@@ -85,23 +86,23 @@ class RayCluster:
         ClusterError, and any other with its remote traceback."""
         try:
             return ray.get(list(refs), timeout=self.recipe.cluster.timeout_seconds)
-        except ray.exceptions.GetTimeoutError as error:
+        except exceptions.GetTimeoutError as error:
             raise ClusterError(
                 f"{what}: nothing came back in {self.recipe.cluster.timeout_seconds:.0f} s: raise"
                 " cluster.timeout_seconds, or look at the actors' logs"
             ) from error
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             cause = error.cause
-            while isinstance(cause, ray.exceptions.RayTaskError):
+            while isinstance(cause, exceptions.RayTaskError):
                 cause = cause.cause  # that of the task whose result was needed
-            if isinstance(cause, ray.exceptions.RayActorError):
+            if isinstance(cause, exceptions.RayActorError):
                 raise ClusterError(
                     f"{what}: an actor died: {cause}; continue with --resume"
                 ) from error
             raise (
                 cause if isinstance(cause, RewardError) else error.as_instanceof_cause()
             ) from None
-        except ray.exceptions.RayActorError as error:
+        except exceptions.RayActorError as error:
             raise ClusterError(f"{what}: an actor died: {error}; continue with --resume") from error
 
     def cards(self) -> tuple[JudgeCard, ...]:

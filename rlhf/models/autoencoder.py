@@ -8,6 +8,10 @@ silu(-u) = u carries a signed value through the SiLU. Training then starts at th
 improves on it with context and nonlinearity.
 """
 
+# What the stock classes declare is wider than what they hold.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import math

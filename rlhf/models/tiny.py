@@ -8,6 +8,7 @@ letters kept apart so that the letters of a sign are tokens of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -78,7 +79,7 @@ def make_tokenizer(captions: Iterable[str], vocab_size: int = 768) -> PreTrained
 def make_processor(tokenizer: PreTrainedTokenizerFast, max_side: int = 256) -> Qwen3VLProcessor:
     """One merged vision token covers 32 px, the 2x2 latents that the transformer expands it into.
     """
-    patch = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
+    patch: dict[str, Any] = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=32 * 32, max_pixels=max_side**2, **patch),
         tokenizer=tokenizer,
@@ -91,7 +92,10 @@ def make_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 3
 ) -> Qwen3VLForConditionalGeneration:
     """A Qwen3-VL with random weights, a vision tower of two layers and heads of 32."""
-    ids = tokenizer.convert_tokens_to_ids
+
+    def ids(token: str) -> Any:
+        return tokenizer.convert_tokens_to_ids(token)
+
     config = Qwen3VLConfig(
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),

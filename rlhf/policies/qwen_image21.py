@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class QwenImage21Policy:
         """Conditions of several prompts about the same source pictures, each of its own exact
         length.
         """
-        pictures = [images.to_pil(s).convert("RGBA") for s in sources]
+        pictures: list[Any] = [images.to_pil(s).convert("RGBA") for s in sources]
         embeds, mask, slots = self.pipeline.encode_prompt(list(texts), image=pictures or None)
         lengths = [embeds.shape[1]] * len(texts) if mask is None else mask.sum(1).tolist()
         latents, shapes = self._encode_sources(sources)
@@ -214,15 +215,15 @@ class QwenImage21Policy:
         condition: Condition,
         *,
         size: tuple[int, int],
-        prefix: KVPrefix | None = None,
+        prefix: Prefix | None = None,
         slot: str = "train",
     ) -> Tensor:
         """See `Policy.velocity`. Without a prefix the whole sequence is computed (same numbers in
         float32).
         """
         shape = (1, size[0] // LATENT_PX, size[1] // LATENT_PX)
-        cache = prefix.expanded(len(x_BNC)) if prefix is not None else None
-        mode = "cached" if prefix is not None else None
+        cache = prefix.expanded(len(x_BNC)) if isinstance(prefix, KVPrefix) else None
+        mode = "cached" if cache is not None else None
         time = model_time(sigma_B.to(self.device), self.dtype)
         out = self._call(slot, x_BNC, time, condition, shape, cache, mode)
         return out[:, -x_BNC.shape[1] :].float().to(x_BNC.device)
@@ -261,10 +262,11 @@ class QwenImage21Policy:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
-        return tuple(
+        mean, std = (
             torch.tensor(v, device=like.device).view(1, 1, -1)
             for v in (config.latents_mean, config.latents_std)
         )
+        return mean, std
 
     def pack(self, latents_BCYX: Tensor) -> Tensor:
         """Encoder output to normalised packed latents (B, N, C), float32."""
@@ -287,7 +289,9 @@ class QwenImage21Policy:
         transformer.
         """
         if self.config.train == "lora":
-            layers = {n.replace(".default", ""): t.contiguous() for n, t in tensors.items()}
+            layers: dict[str, Any] = {
+                n.replace(".default", ""): t.contiguous() for n, t in tensors.items()
+            }
             metadata = {"r": self.config.lora.rank, "lora_alpha": self.config.lora.alpha}
             QwenImage21Pipeline.save_lora_weights(
                 folder,
