@@ -161,8 +161,7 @@ def config_program(name: str) -> Program | None:
 
 
 def choose(argv: Sequence[str]) -> tuple[Program, list[str]]:
-    """The program that `argv` names and the arguments left for it. Raises SystemExit like argparse.
-    """
+    """The program that `argv` names and the arguments left for it. Raises SystemExit like argparse."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         raise SystemExit(0 if argv else 2)
@@ -292,7 +291,10 @@ def _errors(program: Program, debug: bool) -> Iterator[None]:
             traceback.print_exc()
         else:
             text = f"rlhf {program.name}: {error}"
-            print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
+            print(
+                textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False),
+                file=sys.stderr,
+            )
         wrong = isinstance(error, ConfigError | PromptError | RewardConfigError)
         raise SystemExit(3 if isinstance(error, Interrupted) else 2 if wrong else 1) from error
 
