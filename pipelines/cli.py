@@ -161,7 +161,7 @@ def config_program(name: str) -> Program | None:
 
 
 def choose(argv: Sequence[str]) -> tuple[Program, list[str]]:
-    """The program that `argv` names and the arguments left for it. Raises SystemExit like argparse."""
+    """The program `argv` names and the arguments left for it. Raises SystemExit like argparse."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         raise SystemExit(0 if argv else 2)
