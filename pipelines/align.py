@@ -7,7 +7,6 @@ iteration itself.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -216,7 +215,4 @@ def memory(config: Config) -> str:
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2**20
     width = 4 if config.policy.dtype == "float32" else 2
     copies = config.cluster.rollout_workers + 1
-    return (
-        json.dumps(size * width / 2)[:6]
-        + f" MiB of weights in each of {copies} processes (activations apart)"
-    )
+    return f"{size * width / 2:.1f} MiB of weights in each of {copies} processes, activations apart"

@@ -67,7 +67,7 @@ class Config:
     n: int = 256
     per_prompt: int = 4
     steps: int = 40
-    guidance: float = 3.0
+    guidance: float = 2.0
     guidances: tuple[float, ...] = ()
     size: int = 64
     seed: int = 1000

@@ -23,7 +23,7 @@ from rlhf.sampling import Sampler, sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """`source` is a picture to edit. None: the guidance of the run, 3 for a base; size 64, or that
+    """`source` is a picture to edit. None: the guidance of the run, 2 for a base; size 64, or that
     of the run, or of the source.
     """
 
@@ -62,7 +62,7 @@ def sampler_of(config: Config, opened: Opened, source: tuple[int, int] | None) -
     height, width = (size, size) if isinstance(size, int) else size
     guidance = config.guidance
     if guidance is None:
-        guidance = float(base.get("guidance", 3.0))
+        guidance = float(base.get("guidance", 2.0))
     return Sampler(steps=config.steps, guidance=guidance, height=height, width=width)
 
 

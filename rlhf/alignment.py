@@ -7,13 +7,11 @@ group).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,10 +102,10 @@ class AlignmentLearner:
         self.policy, self.config = policy, config
         self.learner = Learner(policy.slots.parameters, config.learner)
         self.iteration = 0
+        self._replayed: dict[int, Tensor] = {}  # old log-probs by group, for old_logp=replay
         policy.slots.copy("train", "behaviour")
 
-    # --- the verbs
-    # -------------------------------------------------------------------------------------------
+    # --- the verbs --------------------------------------------------------------------------------
 
     def publish(self, slot: str) -> weights.Handover:
         """A slot for the rollout workers, with its checksum and probe."""
@@ -143,6 +141,7 @@ class AlignmentLearner:
             outcome = self.learner.step(batch, objective)
             last = summarise(terms) | {"grad_norm": outcome.grad_norm}
             first = first or last
+        self._replayed.clear()
         self.iteration += 1
         self._follow()
         if "ratio/max_dev" in first:
@@ -169,8 +168,7 @@ class AlignmentLearner:
         else:
             self.policy.slots.copy("train", "behaviour")
 
-    # --- the loss of one group
-    # -------------------------------------------------------------------------------
+    # --- the loss of one group --------------------------------------------------------------------
 
     def _terms(
         self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int
@@ -240,13 +238,11 @@ class AlignmentLearner:
         shift = None if t.shift_KGNC is None else keep_live(t.shift_KGNC, weight_G, axis=1)
         logp = self._log_probs(rollouts, x, after, shift, "train")
         old = t.logp_KG
-        if loss.old_logp == "replay" and update == 0:
-            with torch.no_grad():
-                self._replayed = getattr(self, "_replayed", {})
-                self._replayed[rollouts.ref.group] = self._log_probs(
-                    rollouts, x, after, shift, "behaviour"
-                )
         if loss.old_logp == "replay":
+            if update == 0:
+                with torch.no_grad():
+                    replayed = self._log_probs(rollouts, x, after, shift, "behaviour")
+                self._replayed[rollouts.ref.group] = replayed
             old = self._replayed[rollouts.ref.group]
         terms = grpo(
             logp,
@@ -314,8 +310,7 @@ class AlignmentLearner:
             "guidance/gap": float(along.square().mean().sqrt()),
         }
 
-    # --- state
-    # ----------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def save(
         self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
@@ -333,8 +328,7 @@ class AlignmentLearner:
         )
 
     def load(self, path: Path) -> int:
-        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError.
-        """
+        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError."""
         state = checkpoint.load(path)
         for name, tensors in state.tensors.items():
             if name.startswith("slots/"):
@@ -342,13 +336,3 @@ class AlignmentLearner:
         self.learner.load_state(state.tensors["optimiser"], state.meta["learner"])
         self.iteration = int(state.meta["iteration"])
         return self.iteration
-
-
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without entries that are not finite."""
-    return {k: v for k, v in metrics.items() if math.isfinite(v)}
-
-
-def stack_pixels(rollouts: Sequence[Rollouts]) -> np.ndarray:
-    """uint8 (P * G, 3, H, W)."""
-    return np.concatenate([r.pixels.numpy() for r in rollouts])

@@ -37,8 +37,7 @@ PICTURES: Mapping[str, float] = {  # for an autoencoder, which sees pictures alo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB).
-    """
+    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB)."""
 
     kind: str
     caption: str
@@ -53,8 +52,7 @@ class Example:
 
 
 def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.0) -> Example:
-    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones.
-    """
+    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones."""
     category, _, level = kind.partition("/")
     spec = draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
     chosen = np.random.default_rng([7, seed]).random() < rich_share

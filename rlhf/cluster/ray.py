@@ -31,13 +31,7 @@ def connect(address: str | None, workers: int) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    env = {
-        "env_vars": {
-            "OMP_WAIT_POLICY": "passive",
-            "KMP_BLOCKTIME": "0",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    }
+    env = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     if address:
         ray.init(address=address, runtime_env=env, **quiet)
         return False

@@ -23,7 +23,7 @@ def test_a_picture_for_each_seed_and_how_it_was_made(tiny_base, tmp_path):
     pictures = made(tmp_path)
     assert pictures.shape == (2, 3, 64, 64) and not np.array_equal(*pictures)
     said = json.loads((tmp_path / "prompts.json").read_text())
-    assert said["prompt"] == "a red circle" and said["guidance"] == 3.0
+    assert said["prompt"] == "a red circle" and said["guidance"] == 2.0
     assert said["pictures"] == [{"file": "000.png", "seed": 3}, {"file": "001.png", "seed": 5}]
     assert result["metrics"]["generate/forward_rows"]["value"] == 2 * 2 * 2
     assert all(name in generate.summarise(result) for name in ("000.png", "001.png"))
