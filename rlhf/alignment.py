@@ -328,7 +328,7 @@ class AlignmentLearner:
         )
 
     def load(self, path: Path) -> int:
-        """Continue from a checkpoint; the iteration it was written after. Raises CheckpointError."""
+        """Continue from a checkpoint; its iteration. Raises CheckpointError."""
         state = checkpoint.load(path)
         for name, tensors in state.tensors.items():
             if name.startswith("slots/"):

@@ -158,7 +158,7 @@ def step_of(path: Path) -> int:
 
 
 def locate(path: Path, step: int | None = None) -> Path:
-    """The checkpoint meant by a checkpoint, run or checkpoints directory. Raises CheckpointError."""
+    """The one meant by a checkpoint, run or checkpoints directory. Raises CheckpointError."""
     if (path / SEAL).is_file() and step is None:
         return path
     found = {int(p.name.removeprefix("step_")): p for p in completed(path)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -148,6 +148,3 @@ class Learner:
             if own:
                 self.optimiser.state[parameter] = {k: v.clone() for k, v in own.items()}
         self.steps, self._nonfinite = int(counters["steps"]), int(counters["nonfinite"])
-
-
-Precision = Literal["fp32", "bf16"]

@@ -43,7 +43,7 @@ def series(rows: Sequence[Row], name: str) -> Series:
 
 
 def names(rows: Sequence[Row], pattern: str) -> list[re.Match[str]]:
-    """Matches of `pattern` with the metric names that have a value, in order of first appearance."""
+    """Matches of `pattern` with the metric names that have a value, by first appearance."""
     seen = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
     return [found for name in seen if (found := re.fullmatch(pattern, name))]
 
@@ -98,7 +98,7 @@ def line(ax: Axes, data: Series, colour: str, label: str = "", dash: str = "-") 
 
 
 def gains(metrics: Mapping[str, Mapping[str, float | int]]) -> Figure | None:
-    """Bars before and after for each metric that has both; the whisker is the gain's 95% interval."""
+    """Bars before and after for each metric that has both; the whisker: the gain's 95% interval."""
     pairs = {name: metric for name, metric in metrics.items() if "after" in metric}
     if not pairs:
         return None
@@ -165,7 +165,7 @@ def rewards(rows: Sequence[Row]) -> Figure | None:
 
 
 def heldout(rows: Sequence[Row]) -> Figure | None:
-    """Held-out figures over steps: a panel per measure, a colour per category, a dash per setting."""
+    """Held-out figures: a panel per measure, a colour per category, a dash per setting."""
     found = names(rows, r"heldout/(.+)/(strict|soft)((?:/\w+)?)")
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""The rollout worker: a policy that samples the groups it is given with the weights it was given."""
+"""The rollout worker: a policy that samples the groups it gets with the weights it was given."""
 
 from __future__ import annotations
 

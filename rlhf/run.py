@@ -59,7 +59,7 @@ class Run:
 
     @staticmethod
     def vacant(root: Path | str, name: str) -> Path:
-        """The directory that `create` would fill; nothing is written. Raises ConfigError like it."""
+        """The directory that `create` would fill; nothing is written. Raises ConfigError."""
         if not re.fullmatch(r"[\w][\w.\-]*", name):
             raise ConfigError(
                 f"expected a run name of letters, digits, '_', '-', '.', got '{name}'"
@@ -131,7 +131,7 @@ class Run:
     def write_result(
         self, seconds: float | int, metrics: Mapping[str, Metric], **extra: Any
     ) -> dict[str, Any]:
-        """Write and return result.json. Only for the program that made the run. Raises ValueError."""
+        """Write and return result.json. Only for the program of the run. Raises ValueError."""
         result = report(self.about().get("program", ""), seconds, metrics, **extra)
         self.write_json("result.json", result)
         return result

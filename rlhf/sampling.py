@@ -49,7 +49,7 @@ class Sampler:
         return self.height, self.width
 
     def schedule(self, policy: Policy) -> schedule.Schedule:
-        """The frozen grid of this sampler on a policy. Raises ConfigError for an impossible window."""
+        """The grid of this sampler on a policy. Raises ConfigError for an impossible window."""
         level = self.noise_level if self.kernel != "ode" else 0.0
         return schedule.build(policy.sigmas(self.steps, self.size), self.kernel, level, self.window)
 

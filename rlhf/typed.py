@@ -200,7 +200,7 @@ def _convert_dataclass(cls: Any, data: Plain, key: str, root: Any) -> Any:
 
 
 def _unknown(dotted: str, name: Any, prefix: str, fields: Mapping[str, Any], root: Any) -> str:
-    """Message for a key that does not exist: a neighbour spelt alike, or the same name elsewhere."""
+    """Message for a key that does not exist: one spelt alike, or the same name elsewhere."""
     close = difflib.get_close_matches(str(name), list(fields), n=1)
     elsewhere = [k for k in keys(root) if k.split(".")[-1] == str(name)]
     if close:

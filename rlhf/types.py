@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """Which weights: slot name, optimiser iteration they are of, and the checksum of their bytes."""
+    """Which weights: slot name, iteration they are of, and the checksum of their bytes."""
 
     slot: str
     step: int
@@ -54,7 +54,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRef:
-    """Handle of one group of samples that lives in the cluster. Never carries pictures or latents."""
+    """Handle of one group of samples that lives in the cluster. Carries no pictures or latents."""
 
     id: str  # unique among the groups alive: iteration, purpose and position
     iteration: int

@@ -18,12 +18,12 @@ from rewards.scenes.render import render, render_batch
 from rewards.scenes.world import Edit, Spec, Split, draw, rich, terse
 
 MIXTURE: Mapping[str, float] = {
-    "objects/1": 0.12,
-    "objects/2": 0.48,
-    "objects/3": 0.07,
-    "portraits": 0.13,
-    "text": 0.12,
-    "edits": 0.08,
+    "objects/1": 0.08,
+    "objects/2": 0.27,
+    "objects/3": 0.13,
+    "portraits": 0.16,
+    "text": 0.18,
+    "edits": 0.18,
 }
 
 PICTURES: Mapping[str, float] = {  # for an autoencoder, which sees pictures alone
@@ -37,7 +37,7 @@ PICTURES: Mapping[str, float] = {  # for an autoencoder, which sees pictures alo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB)."""
+    """A caption, the picture it asks for, and for an edit what it starts from (uint8 RGB)."""
 
     kind: str
     caption: str
@@ -52,7 +52,7 @@ class Example:
 
 
 def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.0) -> Example:
-    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich ones."""
+    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich."""
     category, _, level = kind.partition("/")
     spec = draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
     chosen = np.random.default_rng([7, seed]).random() < rich_share

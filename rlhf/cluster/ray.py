@@ -37,6 +37,7 @@ def connect(address: str | None, workers: int) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 starves threads that share their cores
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, workers),

@@ -5,7 +5,8 @@ A convolutional 16x autoencoder trained from scratch spends its first hours on w
 has for free. The stock class can hold that code exactly when the input is patchified by 16:
 residual branches start at zero, a constant channel makes the RMS norm linear, and silu(u) -
 silu(-u) = u carries a signed value through the SiLU. Training then starts at the quality of PCA and
-improves on it with context and nonlinearity.
+improves on it with context and nonlinearity, at usual rates: the stream between the norms is scaled
+up, so that a residual branch's first steps of Adam are small beside what it carries.
 """
 
 # What the stock classes declare is wider than what they hold.
@@ -28,6 +29,7 @@ WHITENING = (
     0.5  # latent k has standard deviation (sd_k / sd_0) ** (1 - WHITENING) before normalisation
 )
 _SIGNAL = 0.03  # size of the coded signal beside the constant channel
+_CONSTANT = 100.0  # the constant channel; large beside a step of Adam in a residual branch
 
 
 def tiny_autoencoder(width: int = 136) -> AutoencoderKLQwenImage21:
@@ -93,11 +95,11 @@ def _zero(*convs: torch.nn.Module) -> None:
 
 
 def _signed(conv, rows: Float[Tensor, "k d"], offset: Float[Tensor, " k"]) -> None:
-    """Centre tap gives +value and -value of each row, then the constant 1."""
+    """Centre tap gives +value and -value of each row, then 1; all times the constant."""
     k, centre = len(rows), conv.weight.shape[-1] // 2
-    conv.weight.data[: 2 * k, :, centre, centre] = torch.cat([rows, -rows])
-    conv.bias.data[: 2 * k] = torch.cat([offset, -offset])
-    conv.bias.data[2 * k] = 1.0
+    conv.weight.data[: 2 * k, :, centre, centre] = _CONSTANT * torch.cat([rows, -rows])
+    conv.bias.data[: 2 * k] = _CONSTANT * torch.cat([offset, -offset])
+    conv.bias.data[2 * k] = _CONSTANT
 
 
 def _difference(conv, rows: Float[Tensor, "d k"], offset: Float[Tensor, " d"], gain: float) -> None:

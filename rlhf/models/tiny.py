@@ -77,7 +77,7 @@ def make_tokenizer(captions: Iterable[str], vocab_size: int = 768) -> PreTrained
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, max_side: int = 256) -> Qwen3VLProcessor:
-    """One merged vision token covers 32 px, the 2x2 latents that the transformer expands it into."""
+    """One merged vision token covers 32 px, the 2x2 latents the transformer expands it into."""
     patch: dict[str, Any] = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=32 * 32, max_pixels=max_side**2, **patch),

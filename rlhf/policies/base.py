@@ -48,7 +48,7 @@ class Policy(Protocol):
         ...
 
     def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
-        """Condition keys and values under one slot's weights, with gradient where grad is enabled."""
+        """Condition keys and values under a slot's weights, with gradient where grad is enabled."""
         ...
 
     def velocity(

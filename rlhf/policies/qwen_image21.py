@@ -200,7 +200,7 @@ class QwenImage21Policy:
     # ----------------------------------------------------------------------------------
 
     def prefix(self, condition: Condition, slot: str = "train") -> KVPrefix:
-        """Keys and values of the condition tokens; the smallest possible target rides along unused."""
+        """Keys and values of the condition tokens; the smallest target rides along unused."""
         prompts = len(condition.embeds_PLD)
         target = condition.embeds_PLD.new_zeros(prompts, 4, self.transformer.config.in_channels)
         cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))

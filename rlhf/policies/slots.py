@@ -56,7 +56,7 @@ class Slots:
 
     @torch.no_grad()
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace a slot. Raises CheckpointError unless names and shapes are exactly this module's."""
+        """Replace a slot. Raises CheckpointError unless names and shapes are this module's."""
         mine = {n: tuple(p.shape) for n, p in self.parameters.items()}
         theirs = {n: tuple(t.shape) for n, t in tensors.items()}
         if mine != theirs:
