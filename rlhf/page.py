@@ -59,8 +59,10 @@ summary { cursor: pointer; color: var(--accent); }
 
 
 def write(target: Run) -> dict[str, Any]:
-    """Write the report of a run and return what is stored about it. Raises OSError if not"
-    " writable."""
+    """Write the report of a run and return what is stored about it.
+
+    Raises OSError where the run cannot be written to.
+    """
     start = time.perf_counter()
     notes: list[str] = []
     rows = _try(target.rows, notes, [])
@@ -86,10 +88,12 @@ def _try(read: Any, notes: list[str], default: Any) -> Any:
 
 def _save_plots(target: Run, rows: Sequence[Row], result: Mapping[str, Any]) -> dict[str, Path]:
     """PNG files of the plots that have data, by name."""
+    metrics = result.get("metrics", {})
+    start = {"step": 0} | {name: m["before"] for name, m in metrics.items() if "before" in m}
     figures: dict[str, Figure | None] = {
-        "gains": plots.gains(result.get("metrics", {})),
+        "gains": plots.gains(metrics),
         "rewards": plots.rewards(rows),
-        "heldout": plots.heldout(rows),
+        "heldout": plots.heldout([start, *rows] if rows else []),
         "training": plots.training(rows),
     }
     saved = {}
