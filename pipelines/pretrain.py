@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLQwenImage21
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from pipelines.data.scenes import Example, mixture, pictures
+from pipelines.data.scenes import MIXTURE, Example, mixture, pictures
 from rewards import images
 from rlhf import noise
 from rlhf.errors import ConfigError
@@ -67,6 +67,7 @@ class Config:
     batch: int = 16
     copies: int = 4
     dropout: float = 0.1
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))  # of the examples
     edit_share: float = 0.3  # of the batches; of the examples fewer, being dear to encode
     rich_share: float = 0.15
     shift: float = 0.5  # sigma = e^shift u / (1 + (e^shift - 1) u), u logit-normal
@@ -84,6 +85,12 @@ class Config:
                 "stage transformer: expected vae=DIR and condition=DIR, got"
                 f" vae={self.vae} condition={self.condition}: run `rlhf vae` and stage=condition"
                 " first"
+            )
+        kinds, shares = set(MIXTURE), self.mixture.values()
+        if not set(self.mixture) <= kinds or min(shares, default=0) < 0 or sum(shares) <= 0:
+            raise ConfigError(
+                f"mixture: expected shares >= 0 of {', '.join(sorted(kinds))}, got"
+                f" {dict(self.mixture)}"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(
@@ -309,14 +316,14 @@ def flow_matching(policy: QwenImage21Policy, batch: Batch, size: tuple[int, int]
     return (v - (batch.noise - batch.latents)).pow(2).mean()
 
 
-def mixed_precision(policy: QwenImage21Policy, precision: str) -> torch.autocast:
-    """A context for forward passes. bfloat16 on a CPU also takes attention apart: the fused
-    backward there is 10 times slower than in float32 (16 target and 24 text tokens).
+def mixed_precision(policy: QwenImage21Policy, precision: str) -> Callable[[], torch.autocast]:
+    """Contexts for forward passes. bfloat16 on a CPU takes attention apart: the fused backward is
+    ten times slower there than in float32 (16 target and 24 text tokens).
     """
     kind, half = policy.device.type, precision == "bfloat16"
     if half and kind == "cpu":
         policy.transformer.set_attention_backend("_native_math")
-    return torch.autocast(kind, torch.bfloat16, enabled=half)
+    return lambda: torch.autocast(kind, torch.bfloat16, enabled=half)
 
 
 def _transformer(config: Config, home: Run) -> dict[str, Any]:
@@ -330,7 +337,9 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
     )
     policy = QwenImage21Policy(pipeline, PolicyConfig(train="full"))
-    examples = mixture(config.examples, config.seed + 3, rich_share=config.rich_share)
+    examples = mixture(
+        config.examples, config.seed + 3, weights=config.mixture, rich_share=config.rich_share
+    )
     buckets = make_buckets(policy, examples, config.size, least=config.batch)
     shown = mixture(16, config.seed + 4, "heldout")
 
@@ -353,8 +362,10 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         )
         return {}
 
+    mixed = mixed_precision(policy, config.precision)
+
     def objective(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with mixed_precision(policy, config.precision):
+        with mixed():
             return flow_matching(policy, batch, size), {}
 
     average = train(
