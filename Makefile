@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# One thread per process unless told otherwise; learners set their own. No passive waiting: it halves them.
+# One thread per process unless told otherwise; learners set their own. Short spins: docs/threads.md.
 export OMP_NUM_THREADS ?= 1
+export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0

@@ -31,7 +31,8 @@ def connect(address: str | None, workers: int) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    env = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # see docs/threads.md
+    env = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": spin}}
     if address:
         ray.init(address=address, runtime_env=env, **quiet)
         return False
