@@ -1,4 +1,4 @@
-"""The autoencoder of arXiv:2605.13565: its counts, its shortcuts, and the stock pipeline's calls."""
+"""The autoencoder of arXiv:2605.13565: its counts, its shortcuts, its place in the pipeline."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_it_stands_in_for_the_stock_autoencoder_of_the_pipeline(tiny_base, tmp_p
     assert isinstance(pipeline.vae, AutoencoderVAE2)
     pipeline.set_progress_bar_config(disable=True)
     common = dict(
-        num_inference_steps=1, height=64, width=96, output_type="np", prompt="a red circle"
+        num_inference_steps=2, height=64, width=96, output_type="np", prompt="a red circle"
     )
     assert pipeline(**common).images.shape == (1, 64, 96, 4)
     source = images.to_pil(picture(3, 64, 96))
