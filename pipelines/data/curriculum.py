@@ -6,9 +6,9 @@ folders of picture files or, without them, the scenes world.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
+from rewards.scenes.world import Split
 from rlhf import noise
 from rlhf.errors import ConfigError
 
@@ -56,8 +57,8 @@ class Curriculum:
         for number, stage in enumerate(self.stages):
             if stage.share <= 0 or not 0 <= stage.text <= 1 or stage.size < 64:
                 raise ConfigError(
-                    f"curriculum.stages[{number}]: expected size >= 64, share > 0 and text from 0 to"
-                    f" 1, got size {stage.size}, share {stage.share}, text {stage.text}"
+                    f"curriculum.stages[{number}]: expected size >= 64, share > 0 and text from 0"
+                    f" to 1, got size {stage.size}, share {stage.share}, text {stage.text}"
                 )
             longest = max(max(shape(stage.size, aspect, 32)) for aspect in self.aspects)
             if longest > LARGEST and not (self.general and (self.text or stage.text == 0)):
@@ -85,16 +86,6 @@ def shape(size: int, aspect: float, multiple: int) -> tuple[int, int]:
     return height, width
 
 
-class Source(Protocol):
-    """A set of pictures; `corner` in [0, 1)^2 says where a window is cut from a larger one."""
-
-    def __len__(self) -> int: ...
-
-    def window(
-        self, index: int, size: tuple[int, int], corner: tuple[float, float]
-    ) -> UInt8[np.ndarray, "3 h w"]: ...
-
-
 def _cut(picture: np.ndarray, size: tuple[int, int], corner: tuple[float, float]) -> np.ndarray:
     top, left = (
         int(u * (have - want + 1))
@@ -104,10 +95,12 @@ def _cut(picture: np.ndarray, size: tuple[int, int], corner: tuple[float, float]
 
 
 class Scenes:
-    """Rendered once, as squares of `side` px."""
+    """Rendered once, as squares of `side` px, from which windows are cut."""
 
-    def __init__(self, weights: dict[str, float], n: int, seed: int, side: int, split: str) -> None:
-        self.rows = pictures(mixture(n, seed, split, weights), side)  # type: ignore[arg-type]
+    def __init__(
+        self, weights: Mapping[str, float], n: int, seed: int, side: int, split: Split
+    ) -> None:
+        self.rows = pictures(mixture(n, seed, split, weights), side)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,7 +133,7 @@ class Folder:
     def window(
         self, index: int, size: tuple[int, int], corner: tuple[float, float]
     ) -> UInt8[np.ndarray, "3 h w"]:
-        """Scaled to just cover the window, so that whole subjects are seen."""
+        """Scaled to just cover the window; `corner` in [0, 1]^2 says what is cut off."""
         picture = images.to_pil(images.load_image(self.paths[index]))
         scale = max(size[0] / picture.height, size[1] / picture.width)
         cover = (
@@ -148,6 +141,9 @@ class Folder:
             max(size[0], round(picture.height * scale)),
         )
         return _cut(images.from_pil(picture.resize(cover, Image.Resampling.LANCZOS)), size, corner)
+
+
+Source = Scenes | Folder
 
 
 class Stream:
@@ -186,7 +182,7 @@ class Stream:
 
 
 def _pair(
-    curriculum: Curriculum, n: tuple[int, int], seed: int, side: int, split: str
+    curriculum: Curriculum, n: tuple[int, int], seed: int, side: int, split: Split
 ) -> tuple[Source, Source]:
     """General and text-rich pictures."""
     world = {k: v for k, v in PICTURES.items() if k != "text"}, {"text": 1.0}
@@ -202,11 +198,10 @@ def _pair(
 
 
 def squares(
-    curriculum: Curriculum, n: int, size: int, seed: int, split: str
+    curriculum: Curriculum, n: int, size: int, seed: int, split: Split
 ) -> UInt8[np.ndarray, "b 3 h w"]:
-    """`n` middle squares, of the last stage's text share, for statistics and for figures.
-
-    `split` is train or heldout.
+    """`n` middle squares (fewer where a folder is short), with the text share of the last stage,
+    for statistics and for figures.
     """
     n_text = round(n * curriculum.stages[-1].text)
     sources = _pair(curriculum, (n - n_text, n_text), seed, size, split)
