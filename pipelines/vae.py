@@ -7,6 +7,9 @@ scenes base; and that of Qwen-Image-VAE-2.0 (arXiv:2605.13565, `rlhf.models.vae2
 the pipeline wants them.
 """
 
+# diffusers wraps `to` in a way that loses its self.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import time
@@ -78,6 +81,8 @@ class Config:
     runs: str = "runs"
     seed: int = 0
     threads: int = 1
+    device: str = "cpu"
+    checkpointing: bool = False  # of the activations of vae2: large pictures in less memory
     size: int = 64
     width: int = 136
     start: Literal["spectral", "random"] = "spectral"
@@ -108,6 +113,8 @@ class Config:
                 "network.kind vae2 has no spectral start: write start=random and trained=all, got"
                 f" {self.start} and {self.trained}"
             )
+        if self.checkpointing and self.network.kind == "stock":
+            raise ConfigError("checkpointing: the stock class has none: write network.kind=vae2")
         if self.trained == "decoder" and self.loss.alignment + self.loss.kl:
             raise ConfigError(
                 "loss: alignment and kl shape the encoder, got trained=decoder: write trained=all"
@@ -121,7 +128,7 @@ def write_statistics(vae: ae.Autoencoder, rows: Tensor, shared: bool = True) -> 
     One `shared` scale keeps the spectrum of the latents (large coefficients stay large), so that
     the flow loss spends itself where pixels are; without it each channel has its own, as published.
     """
-    latents = torch.cat([ae.encode_mode(vae, part) for part in rows.split(64)])
+    latents = torch.cat([ae.encode_mode(vae, part.to(vae.device)) for part in rows.split(64)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     if shared:
         std = std.pow(2).mean().sqrt().expand(len(mean))
@@ -192,6 +199,9 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "vae")
     data = open_pictures(config)
     vae = build(config, data.sample)
+    vae.to(config.device)
+    if config.checkpointing:
+        vae.enable_gradient_checkpointing()
     objective = CodecObjective(vae, config.loss, config.pace.steps, config.seed)
     parts = ("decoder", "post_quant_conv") if config.trained == "decoder" else ("",)
     vae.requires_grad_(False)

@@ -31,12 +31,14 @@ _DRAW = 15
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """`size` is the side, in px, of a square with the area of its pictures; `share` of the steps;
-    `text` the probability that a picture comes from the text-rich set.
+    `text` the probability that a picture comes from the text-rich set; `batch` its pictures per
+    step, null for the program's.
     """
 
     size: int
     share: float = 1.0
     text: float = 0.2
+    batch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +167,9 @@ class Stream:
         aspects = self.curriculum.aspects
         aspect = aspects[int(torch.randint(len(aspects), (1,), generator=rows))]
         size = shape(stage.size, aspect, self.multiple)
-        kinds = torch.rand(self.batch, generator=rows) < stage.text
-        where = torch.rand(self.batch, 3, generator=rows, dtype=torch.float64).tolist()
+        batch = stage.batch or self.batch
+        kinds = torch.rand(batch, generator=rows) < stage.text
+        where = torch.rand(batch, 3, generator=rows, dtype=torch.float64).tolist()
         found = []
         for text, (which, *corner) in zip(kinds.tolist(), where, strict=True):
             source = self._open[1][text]

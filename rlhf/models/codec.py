@@ -79,24 +79,27 @@ class CodecObjective:
     def __init__(self, vae: ae.Autoencoder, config: CodecLoss, steps: int, seed: int) -> None:
         self.vae, self.config, self.steps, self.seed = vae, config, steps, seed
         looks = config.alignment or (config.perceptual and not config.trunk)
-        self.vision: Vision | None = load_vision(config.vision) if looks else None
-        self.trunk = vgg_features(config.trunk) if config.perceptual and config.trunk else None
+        self.vision: Vision | None = load_vision(config.vision, vae.device) if looks else None
+        trunk = config.trunk if config.perceptual else None
+        self.trunk = vgg_features(trunk, vae.device) if trunk else None
         self.calibration = lpips_weights(config.calibration) if config.calibration else None
         self.extra = nn.ModuleDict()
         if config.alignment and self.vision:
             side = self.vision.multiple
-            seen = self.vision.features(torch.zeros(1, 3, side, side), (1, 1), config.layer)
+            black = torch.zeros(1, 3, side, side, device=vae.device)
+            seen = self.vision.features(black, (1, 1), config.layer)
             self.extra["alignment"] = nn.Linear(vae.config["z_dim"], seen.shape[-1], bias=False)
         if config.gan:
             self.extra["discriminator"] = losses.patch_discriminator()
+        self.extra.to(vae.device)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.extra.named_parameters())
 
     def __call__(self, batch: CodecBatch) -> tuple[Tensor, dict[str, float]]:
-        x, config = batch.rgba, self.config
-        posterior = self.vae.encode(x.unsqueeze(2)).latent_dist
+        x, config = batch.rgba.to(self.vae.device), self.config
+        posterior = self.vae.encode(x.unsqueeze(2), return_dict=False)[0]
         z = posterior.mode()
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.alignment:
@@ -104,7 +107,7 @@ class CodecObjective:
         if config.kl:
             terms["kl"] = config.kl, losses.kl(posterior.mean, posterior.logvar)
             draw = noise.generator(self.seed, _POSTERIOR, batch.step)
-            z = z + posterior.std * torch.randn(z.shape, generator=draw)
+            z = z + posterior.std * torch.randn(z.shape, generator=draw).to(z.device)
         again = ae.decode_raw(self.vae, z[:, :, 0])
         error = again - x
         terms["l1"] = config.l1, error.abs().mean()

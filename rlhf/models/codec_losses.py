@@ -68,7 +68,7 @@ def perceptual(
     for layer, (one, two) in enumerate(zip(a, b, strict=True)):
         gap = (F.normalize(one, dim=1, eps=1e-10) - F.normalize(two, dim=1, eps=1e-10)) ** 2
         if weights is not None:
-            gap = gap * weights[layer][:, None, None]
+            gap = gap * weights[layer].to(gap)[:, None, None]
         total = total + gap.sum(1).mean()
     return total
 

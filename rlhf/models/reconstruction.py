@@ -19,7 +19,11 @@ def reconstruct(
     vae: ae.Autoencoder, rows: Float[Tensor, "b 4 h w"], batch: int = 64
 ) -> Float[Tensor, "b 4 h w"]:
     """Round trip of RGBA pictures in [-1, 1] through the posterior mode, clamped."""
-    parts = [ae.decode_raw(vae, ae.encode_mode(vae, part)) for part in rows.split(batch)]
+    device = vae.device
+    parts = [
+        ae.decode_raw(vae, ae.encode_mode(vae, part.to(device))).to(rows.device)
+        for part in rows.split(batch)
+    ]
     return torch.cat(parts).clamp(-1, 1)
 
 

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Shortcut = Literal["global", "per-level", "none"]
 Setting = Literal["f16c64", "f16c128", "f32c128", "f32c192"]
@@ -79,16 +80,16 @@ class Down(nn.Module):
 
     def __init__(self, inner: int, outer: int, count: int, halve: bool, skip: bool) -> None:
         super().__init__()
-        self.outer, self.halve, self.skip = outer, halve, skip
+        self.outer, self.halves, self.skip = outer, halve, skip
         self.blocks = _blocks(inner, outer, count)
         self.resample = nn.Conv2d(outer, outer, 3, stride=2) if halve else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.blocks(x)
-        h = self.resample(F.pad(h, (0, 1, 0, 1)) if self.halve else h)
+        h = self.resample(F.pad(h, (0, 1, 0, 1)) if self.halves else h)
         if not self.skip:
             return h
-        return h + regroup(F.pixel_unshuffle(x, 2) if self.halve else x, self.outer)
+        return h + regroup(F.pixel_unshuffle(x, 2) if self.halves else x, self.outer)
 
 
 class Up(nn.Module):
@@ -96,14 +97,21 @@ class Up(nn.Module):
 
     def __init__(self, inner: int, outer: int, count: int, double: bool, skip: bool) -> None:
         super().__init__()
-        self.outer, self.double, self.skip = outer, double, skip and double
+        self.outer, self.doubles, self.skip = outer, double, skip and double
         self.blocks = _blocks(inner, outer, count)
         self.resample = nn.Conv2d(outer, outer, 3, padding=1) if double else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.blocks(x)
-        h = self.resample(F.interpolate(h, scale_factor=2.0) if self.double else h)
+        h = self.resample(F.interpolate(h, scale_factor=2.0) if self.doubles else h)
         return h + F.pixel_shuffle(regroup(x, 4 * self.outer), 2) if self.skip else h
+
+
+def _stepped(owner: nn.Module, level: nn.Module, h: Tensor) -> Tensor:
+    """`level(h)`; its activations are computed again in the backward if the owner says so."""
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(level, h, use_reentrant=False)
+    return level(h)
 
 
 class Encoder(nn.Module):
@@ -123,11 +131,12 @@ class Encoder(nn.Module):
         self.mid = _blocks(widths[-1], widths[-1], 2)
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * latents, 3, padding=1)
+        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.levels:
-            h = level(h)
+            h = _stepped(self, level, h)
         if self.shortcut == "global":
             h = h + regroup(F.pixel_unshuffle(x[:, :COLOURS], self.factor), h.shape[1])
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -157,11 +166,12 @@ class Decoder(nn.Module):
         )
         self.norm_out = RMSNorm(down[-1])
         self.conv_out = nn.Conv2d(down[-1], channels, 3, padding=1)
+        self.gradient_checkpointing = False
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in self.levels:
-            h = level(h)
+            h = _stepped(self, level, h)
         x = self.conv_out(F.silu(self.norm_out(h)))
         if not self.mirror:
             return x
@@ -177,7 +187,7 @@ class AutoencoderVAE2(ModelMixin, ConfigMixin):
     level. Pictures are in [-1, 1], (B, C, H, W) or with one frame (B, C, 1, H, W).
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(

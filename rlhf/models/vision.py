@@ -73,7 +73,7 @@ class Vision:
         return self.maps(rgb)[-1].mean((2, 3))
 
 
-def load_vision(source: str) -> Vision:
+def load_vision(source: str, device: torch.device | str = "cpu") -> Vision:
     """From a directory or hub id of DINOv2 or its kin, or from a pipeline with a Qwen3-VL, such as
     `scenes`.
 
@@ -82,7 +82,7 @@ def load_vision(source: str) -> Vision:
     """
     where = assets.resolve(source)
     if (Path(where) / "model_index.json").is_file():
-        return _tower(where)
+        return _tower(where, device)
     from transformers import AutoConfig
 
     kind = AutoConfig.from_pretrained(where).model_type
@@ -91,14 +91,15 @@ def load_vision(source: str) -> Vision:
             f"vision: expected one of {', '.join(FAMILIES)} or a pipeline directory, got"
             f" '{source}', a {kind}: write facebook/dinov2-large or scenes"
         )
-    return _dino(where)
+    return _dino(where, device)
 
 
-def _dino(where: str) -> Vision:
+def _dino(where: str, device: torch.device | str) -> Vision:
     from transformers import AutoModel
     from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    model = AutoModel.from_pretrained(where, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModel.from_pretrained(where, dtype=torch.float32).to(device)
+    model.eval().requires_grad_(False)
     patch = model.config.patch_size
 
     def blocks(pixels: Tensor) -> list[Tensor]:
@@ -122,13 +123,13 @@ def to_patches(pixels: Float[Tensor, "b 3 h w"], patch: int, merge: int) -> Floa
     )
 
 
-def _tower(where: str) -> Vision:
+def _tower(where: str, device: torch.device | str) -> Vision:
     from transformers import AutoImageProcessor, Qwen3VLForConditionalGeneration
 
     whole = Qwen3VLForConditionalGeneration.from_pretrained(
         where, subfolder="text_encoder", dtype=torch.float32
     )
-    tower = whole.model.visual.eval().requires_grad_(False)
+    tower = whole.model.visual.to(device).eval().requires_grad_(False)
     processor = AutoImageProcessor.from_pretrained(where, subfolder="processor")
     patch, merge = tower.config.patch_size, tower.config.spatial_merge_size
 
@@ -150,7 +151,9 @@ def _read(path: str) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def vgg_features(path: str) -> Callable[[Float[Tensor, "b 3 h w"]], list[Tensor]]:
+def vgg_features(
+    path: str, device: torch.device | str = "cpu"
+) -> Callable[[Float[Tensor, "b 3 h w"]], list[Tensor]]:
     """Five feature maps of VGG-16 for pictures in [-1, 1]; `path` holds torchvision's weights.
 
     Raises:
@@ -169,7 +172,7 @@ def vgg_features(path: str) -> Callable[[Float[Tensor, "b 3 h w"]], list[Tensor]
             f" {len(trunk.state_dict())} tensors: write the path of vgg16-397923af.pth"
         )
     trunk.load_state_dict(known)
-    trunk.eval().requires_grad_(False)
+    trunk.to(device).eval().requires_grad_(False)
 
     def maps(rgb: Tensor) -> list[Tensor]:
         shift, scale = (rgb.new_tensor(v).view(1, 3, 1, 1) for v in (_LPIPS_SHIFT, _LPIPS_SCALE))

@@ -129,6 +129,7 @@ def test_f32_reads_larger_cells(tmp_path):
         ({"network": replace(NETWORK, encoder_width=5)}, "divisor of 96"),
         ({"network": vae.Network(), "trained": "decoder"}, "shape the encoder"),
         ({"size": 512}, "up to 256"),
+        ({"network": vae.Network(), "checkpointing": True}, "the stock class has none"),
         ({"pictures": 2}, "at least one batch"),
     ],
 )

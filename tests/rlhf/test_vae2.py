@@ -94,6 +94,19 @@ def test_raw_pictures_keep_the_gradient_that_the_clamp_kills():
         assert float(vae.decoder.conv_out.bias.grad.sum()) == pytest.approx(slope)
 
 
+def test_checkpointing_computes_again_and_changes_nothing():
+    torch.manual_seed(0)
+    vae, runs, slopes = published("f16c64", **SMALL), [], []
+    vae.decoder.levels[4].register_forward_pre_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        if again:
+            vae.enable_gradient_checkpointing()
+        vae.zero_grad()
+        vae(draw(1, 4, 32, 32)).sample.pow(2).mean().backward()
+        slopes.append([p.grad.clone() for p in vae.parameters()])
+    assert len(runs) == 1 + 2 and all(map(torch.equal, *slopes))
+
+
 def test_saving_and_loading_keeps_weights_and_configuration(tmp_path):
     torch.manual_seed(1)
     vae = published("f32c128", latents_mean=[0.5] * 128, shortcut="per-level", **SMALL).eval()
