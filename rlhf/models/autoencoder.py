@@ -15,7 +15,9 @@ up, so that a residual branch's first steps of Adam are small beside what it car
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage21
@@ -23,6 +25,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import _patchify, 
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.models.vae2 import AutoencoderVAE2
+
+Autoencoder = AutoencoderKLQwenImage21 | AutoencoderVAE2
 LATENTS = 64
 PATCH = 16
 WHITENING = (
@@ -49,17 +54,22 @@ def tiny_autoencoder(width: int = 136) -> AutoencoderKLQwenImage21:
     )
 
 
-def encode_mode(
-    vae: AutoencoderKLQwenImage21, rgba: Float[Tensor, "b 4 h w"]
-) -> Float[Tensor, "b c y x"]:
+def load_autoencoder(folder: Path | str) -> Autoencoder:
+    """What `rlhf vae` wrote, of the class its config names, in evaluation mode."""
+    name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    own = name == AutoencoderVAE2.__name__
+    return (AutoencoderVAE2 if own else AutoencoderKLQwenImage21).from_pretrained(folder).eval()
+
+
+def encode_mode(vae: Autoencoder, rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b c y x"]:
     """Posterior mode of pictures in [-1, 1], as the encoder gives it (not normalised)."""
     return vae.encode(rgba.unsqueeze(2)).latent_dist.mode()[:, :, 0]
 
 
-def decode_raw(
-    vae: AutoencoderKLQwenImage21, latents: Float[Tensor, "b c y x"]
-) -> Float[Tensor, "b 4 h w"]:
+def decode_raw(vae: Autoencoder, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 4 h w"]:
     """Pictures around [-1, 1] without the clamp of `vae.decode`, which kills gradients outside."""
+    if isinstance(vae, AutoencoderVAE2):
+        return vae.decode_raw(latents)
     decoded = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)), first_chunk=True)
     return _unpatchify(decoded, vae.config.patch_size or 1)[:, :, 0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKLQwenImage21
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,10 +16,14 @@ def psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tens
 
 @torch.no_grad()
 def reconstruct(
-    vae: AutoencoderKLQwenImage21, rows: Float[Tensor, "b 4 h w"], batch: int = 64
+    vae: ae.Autoencoder, rows: Float[Tensor, "b 4 h w"], batch: int = 64
 ) -> Float[Tensor, "b 4 h w"]:
     """Round trip of RGBA pictures in [-1, 1] through the posterior mode, clamped."""
-    parts = [ae.decode_raw(vae, ae.encode_mode(vae, part)) for part in rows.split(batch)]
+    device = vae.device
+    parts = [
+        ae.decode_raw(vae, ae.encode_mode(vae, part.to(device))).to(rows.device)
+        for part in rows.split(batch)
+    ]
     return torch.cat(parts).clamp(-1, 1)
 
 
