@@ -54,7 +54,7 @@ class Config:
     name: str = "data"
     runs: str = "runs"
     source: SourceConfig = field(default_factory=SourceConfig)
-    operators: tuple[OperatorConfig, ...] = (OperatorConfig(use="files", low=1),)
+    operators: tuple[OperatorConfig, ...] = (OperatorConfig(use="files", low=1.0),)
     seed: int = 0
     batch: int = 16
     max_broken: float = 0.05

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import batched
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Sifter:
             atomic_directory(unit_folder(self.work, index)) as part,
             parquet(part / "rows.parquet") as rows,
         ):
-            for items in batched(self.source.read(index), self.sifting.batch):
+            for items in _batches(self.source.read(index), self.sifting.batch):
                 for one in self._sift(items):
                     if one.broken is not None:
                         broken[one.broken] += 1
@@ -143,6 +143,11 @@ class Sifter:
                     one.until = None if config.keeps(score.value) else number
 
         return judge
+
+
+def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def _decodable(candidates: list[_Candidate]) -> list[_Candidate]:
