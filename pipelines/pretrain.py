@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLQwenImage21
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from pipelines.data.scenes import Example, mixture, pictures
+from pipelines.data.scenes import Example, check_shares, mixture, pictures
 from rewards import images
 from rlhf import noise
 from rlhf.errors import ConfigError
@@ -70,7 +70,9 @@ class Config:
     edit_share: float = (
         0.18  # of the batches; edits are few among the examples, being dear to encode
     )
-    rich_share: float = 0.15
+    captions: dict[str, float] = field(  # shares of rewards.scenes.captions; the rest is terse
+        default_factory=lambda: {"rich": 0.15}
+    )
     shift: float = (
         0.5  # sigma = e^shift u / (1 + (e^shift - 1) u), u = sigmoid of a standard normal
     )
@@ -82,6 +84,7 @@ class Config:
     )
 
     def check(self) -> None:
+        check_shares(self.captions)
         if self.stage == "transformer" and not (self.vae and self.condition):
             raise ConfigError(
                 "stage transformer: expected vae=DIR and condition=DIR, got"
@@ -110,7 +113,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
 
 def _condition(config: Config, home: Run) -> dict[str, Any]:
     began = time.monotonic()
-    shown = mixture(config.examples, config.seed + 1, rich_share=0.5)
+    shown = mixture(config.examples, config.seed + 1, captions={"rich": 0.5})
     processor = tiny.make_processor(tiny.make_tokenizer(e.caption for e in shown))
     model = tiny.make_text_encoder(processor.tokenizer).train()
     rendered = pictures(shown, config.size)
@@ -323,7 +326,7 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
     )
     policy = QwenImage21Policy(pipeline, PolicyConfig(train="full"))
-    examples = mixture(config.examples, config.seed + 3, rich_share=config.rich_share)
+    examples = mixture(config.examples, config.seed + 3, captions=config.captions)
     buckets = make_buckets(policy, examples, config.size, least=config.batch)
     shown = mixture(16, config.seed + 4, "heldout")
 

@@ -4,7 +4,7 @@
 
 An entry is found by a hash of what was encoded, in a directory named after a hash of the encoder's
 weights and preprocessing, so another encoder never sees it. Every tensor has its checksum in the
-file's header and is checked when read; what is damaged is computed again, and counted.
+file's header and is checked when read; a damaged file is counted and its values computed again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def encoder_hash(modules: Mapping[str, torch.nn.Module], preprocessing: Mapping[
 
 @dataclass(slots=True)
 class Traffic:
-    """What a cache did: values found, computed, and of the computed those whose file was damaged."""
+    """What a cache did: values found and computed, and files found damaged and removed."""
 
     found: int = 0
     computed: int = 0
@@ -79,8 +79,7 @@ class TensorCache:
             with safe_open(path, "pt") as file:
                 names = file.keys()
         except (SafetensorError, OSError):
-            self.traffic.damaged += 1
-            path.unlink(missing_ok=True)
+            self._drop(path)
             return
         self._places |= {name.partition("/")[0]: path for name in names}
 
@@ -123,9 +122,14 @@ class TensorCache:
             found, sums = {}, {}
         if found and all(_crc(tensor) == sums[name] for name, tensor in found.items()):
             return {name.partition("/")[2]: tensor for name, tensor in found.items()}
-        self.traffic.damaged += 1
-        del self._places[key]
+        self._drop(path)
         return None
+
+    def _drop(self, path: Path) -> None:
+        """Remove a damaged file; all that it held will be computed again."""
+        self.traffic.damaged += 1
+        path.unlink(missing_ok=True)
+        self._places = {key: place for key, place in self._places.items() if place != path}
 
     def _write(self, values: Mapping[str, Value]) -> None:
         sweep(self.folder)
