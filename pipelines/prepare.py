@@ -105,7 +105,9 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     decision = decide(config.operators, tallies)
     _write(home.root / "data", work, decision)
     result = home.write_result(
-        time.monotonic() - began, _metrics(config, tallies, decision), **_table(config, tallies, decision)
+        time.monotonic() - began,
+        _metrics(config, tallies, decision),
+        **_table(config, tallies, decision),
     )
     shutil.rmtree(work)
     return result
@@ -172,7 +174,7 @@ def _write(folder: Path, work: Path, decision: Decision) -> None:
             write_kept(work, index, rows, target)
 
 
-# --- what is said -----------------------------------------------------------------------------------
+# --- what is said ---------------------------------------------------------------------------------
 
 
 def _metrics(config: Config, tallies: list[Tally], decision: Decision) -> dict[str, Any]:

@@ -102,7 +102,10 @@ class TensorCache:
                 raise CheckpointError(
                     f"expected {len(part)} values to cache, got {len(made)}: return one per index"
                 )
-            new = {k: {n: t.detach().cpu() for n, t in v.items()} for k, v in zip(part, made, strict=True)}
+            new = {
+                k: {n: t.detach().cpu() for n, t in v.items()}
+                for k, v in zip(part, made, strict=True)
+            }
             self._write(new)
             values |= new
             self.traffic.computed += len(part)

@@ -237,8 +237,7 @@ def _distinct(hashes: Sequence[int | None], distance: int) -> list[bool]:
             out.append(True)
             continue
         places = [
-            table[one >> low & mask]
-            for table, (low, mask) in zip(tables, bands, strict=True)
+            table[one >> low & mask] for table, (low, mask) in zip(tables, bands, strict=True)
         ]
         new = all((one ^ old).bit_count() > distance for place in places for old in place)
         if new:

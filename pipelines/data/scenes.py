@@ -39,7 +39,7 @@ PICTURES: Mapping[str, float] = {  # for an autoencoder, which sees pictures alo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A caption, the picture it asks for, and for an edit the picture it starts from (uint8 RGB)."""
+    """A caption, the picture it asks for, and for an edit the one it starts from (uint8 RGB)."""
 
     kind: str
     caption: str
@@ -95,9 +95,7 @@ def mixture(
     rng = np.random.default_rng([seed, n])
     kinds, shares = list(weights), np.array(list(weights.values()))
     picked = rng.choice(len(kinds), size=n, p=shares / shares.sum())
-    return [
-        example(kinds[k], seed * 10_000_019 + i, split, captions) for i, k in enumerate(picked)
-    ]
+    return [example(kinds[k], seed * 10_000_019 + i, split, captions) for i, k in enumerate(picked)]
 
 
 def rgba(pictures: np.ndarray) -> Float[Tensor, "b 4 h w"]:

@@ -26,12 +26,12 @@ class Similarity:
 
         name = f"local-dir:{Path(folder).absolute()}"
         try:
-            model, preprocess = open_clip.create_model_from_pretrained(name)
+            made: Any = open_clip.create_model_from_pretrained(name)
             self.tokenize = open_clip.get_tokenizer(name)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"operators, similarity: no model in '{folder}': {error}") from error
-        self.preprocess: Any = preprocess
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model, self.preprocess = made
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, record: Record) -> float | None:

@@ -214,7 +214,7 @@ def _load(what: str, builder: str | None, **options: Any) -> Any:
 
     try:
         if builder is None and (Path(what) / "state.json").is_file():
-            loaded = datasets.load_from_disk(what)
+            loaded: Any = datasets.load_from_disk(what)
             loaded = loaded.to_iterable_dataset() if options["streaming"] else loaded
         else:
             loaded = datasets.load_dataset(builder or what, **options)
@@ -311,4 +311,3 @@ def _add(row: dict[str, Any], extension: str, data: bytes, names: Columns) -> No
             row[stem or names.image] = data
     elif suffix == "txt":
         row[stem or names.caption] = data.decode("utf-8", errors="replace")
-

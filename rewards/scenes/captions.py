@@ -55,9 +55,7 @@ def _tree(spec: Spec | Edit) -> dict[str, object]:
         return {"edit": spec.kind, "instruction": spec.instruction}
     ground = {"background": spec.background}
     if isinstance(spec, Objects):
-        things = [
-            {"entity": thing.shape, "colour": thing.colour} for thing in spec.things
-        ]
+        things = [{"entity": thing.shape, "colour": thing.colour} for thing in spec.things]
         related = [] if spec.relation is None else [[0, spec.relation, 1]]
         return {"entities": things, "relations": related, **ground}
     if isinstance(spec, Portrait):

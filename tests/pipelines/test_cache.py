@@ -103,7 +103,9 @@ def test_latents_and_conditions_come_back_as_they_were_made(tmp_path, tiny_base)
     assert [t.shape for t in first] == [(24, 64), (4, 64), (24, 64)]
     assert torch.equal(first[0], policy.encode("x", [shown[0]]).sources_PMC[0])
     again = caching.latent_cache(policy, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(first, caching.latents(policy, shown, again), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, caching.latents(policy, shown, again), strict=True)
+    )
     assert (store.traffic.computed, again.traffic.computed, again.traffic.found) == (2, 0, 2)
 
     sources = [[], [shown[1]], []]

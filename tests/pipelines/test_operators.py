@@ -71,7 +71,9 @@ CASES = [  # operator, what it keeps, what it removes
 ]
 
 
-@pytest.mark.parametrize(("settings", "kept", "removed"), CASES, ids=lambda v: str(v)[:40] if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("settings", "kept", "removed"), CASES, ids=lambda v: str(v)[:40] if isinstance(v, dict) else ""
+)
 def test_an_operator_keeps_and_removes(settings, kept, removed):
     config = op(**settings)
     for data, stays in ((kept, True), (removed, False)):
@@ -140,8 +142,20 @@ def tiny_clip(path):
 
     settings = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
     }
     path.mkdir()
     (path / "open_clip_config.json").write_text(

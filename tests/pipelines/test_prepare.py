@@ -39,7 +39,9 @@ def config(tmp_path, path=None, **changes):
 
 def rows(run):
     files = sorted(str(p) for p in (run / "data").glob("*.parquet"))
-    return [row for f in files for row in datasets.Dataset.from_parquet(f, cache_dir=str(run / "cache"))]
+    return [
+        row for f in files for row in datasets.Dataset.from_parquet(f, cache_dir=str(run / "cache"))
+    ]
 
 
 def written(run):
@@ -86,11 +88,16 @@ def test_what_a_set_wide_operator_removes_does_not_depend_on_later_ones():
     got = decide([first, then], [Tally(broken={}, entries=entries)])
     assert (got.kept, got.seen, got.removed) == (((1,),), (3, 2), (1, 1))
     early = (Entry(until=0, row=None, keys=()), *entries[1:])
-    got = decide([then, first], [Tally(broken={}, entries=early[:1]), Tally(broken={}, entries=early[1:])])
+    got = decide(
+        [then, first], [Tally(broken={}, entries=early[:1]), Tally(broken={}, entries=early[1:])]
+    )
     assert (got.kept, got.seen, got.removed) == (((), (0, 1)), (3, 2), (1, 0))
 
 
-DEADLY = [*OPERATORS[:2], {"use": "safety", "low": 0.5, "scorer": "tests.pipelines.pictures:deadly"}]
+DEADLY = [
+    *OPERATORS[:2],
+    {"use": "safety", "low": 0.5, "scorer": "tests.pipelines.pictures:deadly"},
+]
 
 
 def test_a_run_killed_in_a_unit_ends_as_an_unkilled_one(tmp_path, monkeypatch):
@@ -100,7 +107,14 @@ def test_a_run_killed_in_a_unit_ends_as_an_unkilled_one(tmp_path, monkeypatch):
     made = config(tmp_path, **settings)
     save_yaml(made, tmp_path / "killed.yaml")
     flag = tmp_path / "flag"
-    command = [sys.executable, "-m", "pipelines.cli", "data", "--config", str(tmp_path / "killed.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "data",
+        "--config",
+        str(tmp_path / "killed.yaml"),
+    ]
     env = os.environ | {"DEADLY": str(flag), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -173,7 +187,9 @@ def test_too_many_broken_records_stop_the_run_with_their_reasons(tmp_path):
     for operators in (OPERATORS[:1], OPERATORS[1:2]):  # found by the operator, or on the way
         name = operators[0]["use"]
         made = config(tmp_path, source=source, operators=operators, max_broken=0.1, name=name)
-        with pytest.raises(DataError, match="at most 10% broken records, got 4 of 20: 4 broken pic"):
+        with pytest.raises(
+            DataError, match="at most 10% broken records, got 4 of 20: 4 broken pic"
+        ):
             prepare.run(made)
         allowed = config(tmp_path, source=source, operators=operators, max_broken=0.2, name=name)
         result = prepare.run(allowed, resume=tmp_path / "runs" / name)
@@ -183,7 +199,9 @@ def test_too_many_broken_records_stop_the_run_with_their_reasons(tmp_path):
 
 def test_a_scorer_that_breaks_down_is_counted_and_keeps_nothing(tmp_path):
     captions = ["fine", "none of it", "nan"]
-    path = folder(tmp_path / "f", [(f"{i}.png", png(i), {"text": c}) for i, c in enumerate(captions)])
+    path = folder(
+        tmp_path / "f", [(f"{i}.png", png(i), {"text": c}) for i, c in enumerate(captions)]
+    )
     judged = [{"use": "aesthetic", "low": 0.5, "scorer": "tests.pipelines.pictures:unsure"}]
     source = {"path": str(path), "layout": "folder"}
     result = prepare.run(config(tmp_path, source=source, operators=judged, max_broken=0.5))

@@ -72,5 +72,7 @@ def test_a_prompt_of_a_thousand_tokens_encodes_trains_and_draws(tiny_base):
     got = sample(policy, Sampler(steps=2, guidance=2.0, height=64, width=64), prompt, seeds=(1,))
     assert got.pixels.shape == (1, 3, 64, 64)
     cut_short = tokenizer.decode(ids[:500])
-    short = sample(policy, Sampler(steps=2, guidance=2.0, height=64, width=64), cut_short, seeds=(1,))
+    short = sample(
+        policy, Sampler(steps=2, guidance=2.0, height=64, width=64), cut_short, seeds=(1,)
+    )
     assert not torch.equal(got.x0_GNC, short.x0_GNC)

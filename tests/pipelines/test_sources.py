@@ -31,7 +31,13 @@ def make(layout, path):
     """The same five records, the last an edit of the first, in one layout: its path and options."""
     edit = {"sources": [png(0)]}
     rows = [
-        {"image": png(i), "text": CAPTIONS[i], "kind": "text", "score": i, **(edit if i == 4 else {})}
+        {
+            "image": png(i),
+            "text": CAPTIONS[i],
+            "kind": "text",
+            "score": i,
+            **(edit if i == 4 else {}),
+        }
         for i in range(5)
     ]
     if layout == "folder":
@@ -156,7 +162,13 @@ def test_a_packed_tar_that_was_cut_is_seen(tmp_path):
 
 def test_samples_of_a_tar_that_miss_a_part_are_counted(tmp_path):
     parts = [("0.png", png(0)), ("1.txt", b"no picture"), ("2.png", png(2)), ("2.txt", b"whole")]
-    parts += [("3.png", png(3)), ("3.txt", b"x"), ("3.json", b"{"), ("4.png", png(4)), ("4.txt", b"")]
+    parts += [
+        ("3.png", png(3)),
+        ("3.txt", b"x"),
+        ("3.json", b"{"),
+        ("4.png", png(4)),
+        ("4.txt", b""),
+    ]
     items = read(tar(tmp_path / "a.tar", parts), "webdataset")
     assert [one.caption for one in good(items)] == ["whole"]
     assert reasons(items) == [
@@ -204,12 +216,21 @@ def test_a_written_record_reads_back_and_opens_as_pictures(tmp_path):
         sources=(Encoded(png(8)),),
         columns={"category": "é", "n": [1, 2]},
     )
-    rows = datasets.Dataset.from_list([row_of(one, {"entropy": 4.5})], datasets.Features.from_arrow_schema(schema()))
+    rows = datasets.Dataset.from_list(
+        [row_of(one, {"entropy": 4.5})], datasets.Features.from_arrow_schema(schema())
+    )
     rows.to_parquet(tmp_path / "a.parquet")
     (back,) = read(tmp_path / "a.parquet", "parquet")
-    assert (back.id, back.caption, back.kind, back.columns) == ("7", "an edit", "knowledge", one.columns)
+    assert (back.id, back.caption, back.kind, back.columns) == (
+        "7",
+        "an edit",
+        "knowledge",
+        one.columns,
+    )
     assert (back.picture.data, back.sources[0].data) == (png(7), png(8))
     (again,) = records([row_of(one, {})])
     assert again.columns == one.columns and again.sources[0].size == (48, 64)
-    shown = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", cache_dir=str(tmp_path))
+    shown = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "a.parquet"), split="train", cache_dir=str(tmp_path)
+    )
     assert shown[0]["image"].size == (64, 48) and json.loads(shown[0]["scores"]) == {"entropy": 4.5}
