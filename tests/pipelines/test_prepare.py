@@ -92,6 +92,10 @@ def test_what_a_set_wide_operator_removes_does_not_depend_on_later_ones():
         [then, first], [Tally(broken={}, entries=early[:1]), Tally(broken={}, entries=early[1:])]
     )
     assert (got.kept, got.seen, got.removed) == (((), (0, 1)), (3, 2), (1, 0))
+    last = build(OperatorConfig, {"use": "entropy", "low": 3})
+    pair = (Entry(until=2, row=None, keys=("x",)), Entry(until=3, row=0, keys=("x",)))
+    got = decide([then, first, last], [Tally(broken={}, entries=pair)])
+    assert (got.kept, got.seen, got.removed) == (((),), (2, 2, 1), (0, 1, 1))
 
 
 DEADLY = [
