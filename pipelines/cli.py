@@ -59,10 +59,11 @@ class Program:
     examples: tuple[str, ...]
     positional: str | None = None
     resumable: bool = False
+    module: str | None = None  # in this folder; by default the first word of the name
 
     @property
     def folder(self) -> str:
-        """First folder of its configurations, and name of its module."""
+        """First folder of its configurations."""
         return self.name.split()[0]
 
     @property
@@ -71,7 +72,7 @@ class Program:
 
     def attribute(self, name: str) -> Any:
         """`Config`, `run`, `plan` or `summarise` of the program, None if it has no such thing."""
-        module = importlib.import_module(f"pipelines.{self.folder}")
+        module = importlib.import_module(f"pipelines.{self.module or self.folder}")
         if self.verb:
             forms = {"Config": f"{self.verb.title()}Config", "run": self.verb}
             name = forms.get(name, f"{name}_{self.verb}")
@@ -118,6 +119,17 @@ PROGRAMS = (
         "bench step",
         "time one iteration against the forwards and backwards it needs",
         ("rlhf bench step --config bench/step", "rlhf bench step --config bench/step --json"),
+    ),
+    Program(
+        "data",
+        "filter a data set for pretraining",
+        (
+            "rlhf data --config data/stage1 source.path='shards/*.tar'",
+            "rlhf data --config data/stage1 --dry-run",
+            "rlhf data --resume runs/stage1",
+        ),
+        resumable=True,
+        module="prepare",
     ),
     Program(
         "vae",

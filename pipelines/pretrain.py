@@ -25,16 +25,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage21
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from pipelines.data.scenes import MIXTURE, Example, mixture, pictures
+from pipelines.data.scenes import MIXTURE, Example, check_shares, mixture, pictures
 from rewards import images
 from rlhf import noise
 from rlhf.errors import ConfigError
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import tiny
+from rlhf.models.autoencoder import load_autoencoder
 from rlhf.policies.base import Condition
 from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy
 from rlhf.run import Run
@@ -67,9 +67,11 @@ class Config:
     batch: int = 16
     copies: int = 4
     dropout: float = 0.1
-    mixture: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))  # of the examples
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # of the examples
     edit_share: float = 0.3  # of the batches; of the examples fewer, being dear to encode
-    rich_share: float = 0.15
+    captions: dict[str, float] = field(  # shares of rewards.scenes.captions; the rest is terse
+        default_factory=lambda: {"rich": 0.15}
+    )
     shift: float = 0.5  # sigma = e^shift u / (1 + (e^shift - 1) u), u logit-normal
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights are float32
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the files
@@ -80,6 +82,7 @@ class Config:
     )
 
     def check(self) -> None:
+        check_shares(self.captions)
         if self.stage == "transformer" and not (self.vae and self.condition):
             raise ConfigError(
                 "stage transformer: expected vae=DIR and condition=DIR, got"
@@ -114,7 +117,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
 
 def _condition(config: Config, home: Run) -> dict[str, Any]:
     began = time.monotonic()
-    shown = mixture(config.examples, config.seed + 1, rich_share=0.5)
+    shown = mixture(config.examples, config.seed + 1, captions={"rich": 0.5})
     processor = tiny.make_processor(tiny.make_tokenizer(e.caption for e in shown))
     model = tiny.make_text_encoder(processor.tokenizer).train()
     rendered = pictures(shown, config.size)
@@ -331,14 +334,14 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
     size = (config.size, config.size)
     condition = Path(str(config.condition))
     pipeline = tiny.assemble(
-        AutoencoderKLQwenImage21.from_pretrained(config.vae),
+        load_autoencoder(str(config.vae)),
         Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder"),
         Qwen3VLProcessor.from_pretrained(condition / "processor"),
         tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
     )
     policy = QwenImage21Policy(pipeline, PolicyConfig(train="full"))
     examples = mixture(
-        config.examples, config.seed + 3, weights=config.mixture, rich_share=config.rich_share
+        config.examples, config.seed + 3, weights=config.mixture, captions=config.captions
     )
     buckets = make_buckets(policy, examples, config.size, least=config.batch)
     shown = mixture(16, config.seed + 4, "heldout")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rewards.errors import ImageError
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Picture = UInt8[np.ndarray, "3 h w"]
+_ORIENTATION = 0x0112  # of EXIF
+_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 
 
 def _check(chw: object, dims: int) -> None:
@@ -44,13 +46,50 @@ def to_pil(chw) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)), "RGB")
 
 
-def from_pil(image: Image.Image) -> Picture:
-    """PIL of any mode -> uint8 (3, H, W). Transparent parts are laid on white."""
+def _rgb(image: Image.Image) -> Image.Image:
+    """PIL of any mode -> RGB. Transparent parts are laid on white."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits, not scale them
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image)
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
+    return image.convert("RGB")
+
+
+def from_pil(image: Image.Image) -> Picture:
+    """PIL of any mode -> uint8 (3, H, W). Transparent parts are laid on white."""
+    return np.ascontiguousarray(np.asarray(_rgb(image), dtype=np.uint8).transpose(2, 0, 1))
+
+
+def grey(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """Luma (ITU-R BT.601) of a PIL picture of any mode, 0 to 255."""
+    return np.asarray(_rgb(image).convert("L"), dtype=np.uint8)
+
+
+def crop_to(image: Image.Image, size: tuple[int, int]) -> Picture:
+    """Scale a picture until it covers (height, width), cut what stands over on both sides alike."""
+    height, width = size
+    covered = ImageOps.fit(_rgb(image), (width, height), Image.Resampling.LANCZOS)
+    return from_pil(covered)
+
+
+def decode(data: bytes) -> tuple[Image.Image, int]:
+    """An encoded picture -> (it upright, the degrees its EXIF orientation turned it by clockwise).
+
+    Raises:
+        ImageError: not a picture, or only a part of one.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            image.load()
+            turned = _DEGREES.get(image.getexif().get(_ORIENTATION, 1), 0)
+            return ImageOps.exif_transpose(image), turned
+    except Exception as error:  # the boundary to Pillow's decoders, which raise many types
+        raise ImageError(
+            f"expected a whole picture, got {len(data)} bytes that do not decode "
+            f"({type(error).__name__}: {error}): leave it out or write it again"
+        ) from error
 
 
 def to_float(bchw) -> Float[Tensor, "b 3 h w"]:

@@ -4,6 +4,7 @@ RewardError (rewards.errors)
     + AlignError
         + ConfigError (ValueError)        a file or flag is wrong
         + PromptError (ValueError)        a prompt set is wrong
+        + DataError (ValueError)          a data set cannot be read, or too much of it is broken
         + CheckpointError (RuntimeError)  a checkpoint could not be written or read
         + StaleRollouts (ValueError)      rollouts and learner disagree on the policy version
         + HandoverError (RuntimeError)    published weights are not the learner's weights
@@ -29,6 +30,10 @@ class ConfigError(AlignError, ValueError):
 
 class PromptError(AlignError, ValueError):
     """A prompt set misses a column, is empty, or a row cannot be used."""
+
+
+class DataError(AlignError, ValueError):
+    """A data set cannot be read, has changed under a run, or too much of it is broken."""
 
 
 class CheckpointError(AlignError, RuntimeError):

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rewards.scenes.captions import CAPTIONS
 from rewards.scenes.render import render, render_batch
-from rewards.scenes.world import Edit, Spec, Split, draw, rich, terse
+from rewards.scenes.world import Edit, Spec, Split, draw
+from rlhf.errors import ConfigError
 
 MIXTURE: Mapping[str, float] = {
     "objects/1": 0.08,
@@ -51,12 +53,32 @@ class Example:
         return None if self.source is None else render(self.source, size)
 
 
-def example(kind: str, seed: int, split: Split = "train", rich_share: float = 0.0) -> Example:
-    """Number `seed` of one kind of the mixture, such as `objects/2`; some captions are rich."""
+def check_shares(captions: Mapping[str, float]) -> None:
+    """Raise ConfigError unless these are shares of known captions that leave 0 or more to terse."""
+    unknown = sorted(set(captions) - (set(CAPTIONS) - {"terse"}))
+    if unknown or min(captions.values(), default=0) < 0 or sum(captions.values()) > 1 + 1e-9:
+        kinds = ", ".join(name for name in CAPTIONS if name != "terse")
+        raise ConfigError(
+            f"captions: expected shares of {kinds} that add up to at most 1 (the rest is terse),"
+            f" got {dict(captions)}"
+        )
+
+
+def example(
+    kind: str, seed: int, split: Split = "train", captions: Mapping[str, float] | None = None
+) -> Example:
+    """Number `seed` of one kind of the mixture, such as `objects/2`, with one of its captions.
+
+    `captions` are the shares of those of `rewards.scenes.captions`; the rest is terse.
+    """
     category, _, level = kind.partition("/")
     spec = draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
-    chosen = np.random.default_rng([7, seed]).random() < rich_share
-    caption = rich(spec) if chosen else terse(spec)
+    draw_at, edge, name = np.random.default_rng([7, seed]).random(), 0.0, "terse"
+    for candidate, share in (captions or {}).items():
+        if edge <= draw_at < edge + share:
+            name = candidate
+        edge += share
+    caption = CAPTIONS[name](spec)
     if isinstance(spec, Edit):
         return Example(kind=kind, caption=caption, target=spec.target, source=spec.source)
     return Example(kind=kind, caption=caption, target=spec)
@@ -67,15 +89,13 @@ def mixture(
     seed: int,
     split: Split = "train",
     weights: Mapping[str, float] = MIXTURE,
-    rich_share: float = 0.0,
+    captions: Mapping[str, float] | None = None,
 ) -> list[Example]:
-    """`n` examples in the shares of `weights`, in a shuffled order."""
+    """`n` examples in the shares of `weights`, in a shuffled order; see `example` for captions."""
     rng = np.random.default_rng([seed, n])
     kinds, shares = list(weights), np.array(list(weights.values()))
     picked = rng.choice(len(kinds), size=n, p=shares / shares.sum())
-    return [
-        example(kinds[k], seed * 10_000_019 + i, split, rich_share) for i, k in enumerate(picked)
-    ]
+    return [example(kinds[k], seed * 10_000_019 + i, split, captions) for i, k in enumerate(picked)]
 
 
 def rgba(pictures: np.ndarray) -> Float[Tensor, "b 4 h w"]:

@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 
@@ -92,3 +93,25 @@ def test_load_image_names_the_file(tmp_path):
 def test_errors_survive_pickling(error):
     back = pickle.loads(pickle.dumps(error("what, got, do")))
     assert type(back) is error and str(back) == "what, got, do" and isinstance(back, RewardError)
+
+
+def test_decode_gives_the_picture_upright_and_says_how_it_lay():
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
+    image, turned = images.decode(buffer.getvalue())
+    assert image.size == (4, 8) and turned == 90
+
+
+@pytest.mark.parametrize("keep", [0, 10, 60])
+def test_decode_refuses_parts_of_a_picture(keep):
+    buffer = io.BytesIO()
+    images.to_pil(CHW).save(buffer, "PNG")
+    assert images.decode(buffer.getvalue())[1] == 0
+    with pytest.raises(ImageError, match="whole picture"):
+        images.decode(buffer.getvalue()[:keep])
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    np.testing.assert_array_equal(images.grey(deep), [[0, 128, 255]])
