@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
@@ -26,6 +25,8 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+
+from rlhf.models.autoencoder import Autoencoder, tiny_autoencoder
 
 SPECIAL = (
     "<|endoftext|>",
@@ -162,7 +163,7 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def assemble(
-    vae: AutoencoderKLQwenImage21,
+    vae: Autoencoder,
     text_encoder: Qwen3VLForConditionalGeneration,
     processor: Qwen3VLProcessor,
     transformer: QwenImage21Transformer2DModel,
@@ -170,7 +171,7 @@ def assemble(
     """A stock pipeline of the given parts, in evaluation mode."""
     return QwenImage21Pipeline(
         scheduler=make_scheduler(),
-        vae=vae.eval(),
+        vae=vae.eval(),  # pyright: ignore[reportArgumentType]  # or one with the same calls
         text_encoder=text_encoder.eval(),
         processor=processor,
         transformer=transformer.eval(),
@@ -181,8 +182,6 @@ def random_pipeline(seed: int = 0, *, layers: int = 2, width: int = 64) -> QwenI
     """A complete pipeline with random weights, for tests: width `width`, 64 px patches of any size
     divisible by 32.
     """
-    from rlhf.models.autoencoder import tiny_autoencoder
-
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(["a red circle left of a blue square on white"])
     return assemble(
