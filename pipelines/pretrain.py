@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
@@ -319,14 +321,15 @@ def flow_matching(policy: QwenImage21Policy, batch: Batch, size: tuple[int, int]
     return (v - (batch.noise - batch.latents)).pow(2).mean()
 
 
-def mixed_precision(policy: QwenImage21Policy, precision: str) -> Callable[[], torch.autocast]:
-    """Contexts for forward passes. bfloat16 on a CPU takes attention apart: the fused backward is
-    ten times slower there than in float32 (16 target and 24 text tokens).
+@contextmanager
+def mixed_precision(policy: QwenImage21Policy, precision: str) -> Iterator[None]:
+    """Forward passes with products in `precision`. bfloat16 on a CPU takes attention apart: the
+    fused backward is ten times slower there than in float32 (16 target and 24 text tokens).
     """
     kind, half = policy.device.type, precision == "bfloat16"
-    if half and kind == "cpu":
-        policy.transformer.set_attention_backend("_native_math")
-    return lambda: torch.autocast(kind, torch.bfloat16, enabled=half)
+    apart = attention_backend("_native_math") if half and kind == "cpu" else nullcontext()
+    with apart, torch.autocast(kind, torch.bfloat16, enabled=half):
+        yield
 
 
 def _transformer(config: Config, home: Run) -> dict[str, Any]:
@@ -365,10 +368,8 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         )
         return {}
 
-    mixed = mixed_precision(policy, config.precision)
-
     def objective(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with mixed():
+        with mixed_precision(policy, config.precision):
             return flow_matching(policy, batch, size), {}
 
     average = train(
