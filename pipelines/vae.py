@@ -20,12 +20,13 @@ from torch import Tensor
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
 from rlhf import noise
+from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import autoencoder as ae
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
 from rlhf.run import Run
-from rlhf.training import Average, Pace, train
+from rlhf.training import Average, Pace, open_run, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +76,16 @@ def write_statistics(vae: AutoencoderKLQwenImage21, rows: Tensor) -> None:
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """Train and write `<run>/vae`, a directory that `AutoencoderKLQwenImage21.from_pretrained`
-    opens.
+    opens. Ranks but the first return an empty result.
     """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    with session() as ranks:
+        return _train(config, open_run(config, "vae", resume, ranks), ranks)
+
+
+def _train(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
-    home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "vae")
     shown = pictures(mixture(config.pictures, config.seed + 1, "train", PICTURES), config.size)
     held = rgba(pictures(mixture(256, config.seed + 2, "heldout", PICTURES), config.size))
     sample = rgba(shown[:4000])
@@ -114,10 +119,27 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
         return {"recon/psnr": float(psnr(again[:, :3], held[:, :3]).mean())}
 
     average = train(
-        home, Learner(trainable, config.learner), batch_of, objective, config.pace, preview=preview
+        home,
+        Learner(trainable, config.learner, ranks),
+        batch_of,
+        objective,
+        config.pace,
+        preview=preview,
     )
-    if average is not None:
+    if average is not None and ranks.is_first:
         average.copy_to(trainable)
+    return _finish(config, home, vae, sample, held, began) if ranks.is_first else {}
+
+
+def _finish(
+    config: Config,
+    home: Run,
+    vae: AutoencoderKLQwenImage21,
+    sample: Tensor,
+    held: Tensor,
+    began: float,
+) -> dict[str, Any]:
+    """Write the trained codec and its figures on held-out pictures."""
     if config.trained == "all":
         write_statistics(vae, sample)
     vae.save_pretrained(home.root / "vae")
