@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ Parameters = dict[str, torch.nn.Parameter]
 Loss = Callable[[Any], tuple[Tensor, Mapping[str, float]]]
 
 
+@runtime_checkable
 class Parallel(Protocol):
     """`parameters` are those the optimiser moves; sharded where the mode shards."""
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import shutil
+import signal
 import socket
-import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 
 from rlhf.distributed import ALONE, Ranks, session
-from rlhf.learner import Learner, LearnerConfig
+from rlhf.errors import AlignError, CheckpointError, ClusterError, ConfigError, Interrupted
+from rlhf.learner import Learner, LearnerConfig, StepOutcome
 from rlhf.run import Run
-from rlhf.training import Pace, train
+from rlhf.training import Average, Pace, train
 
 SIZE = 12  # rows of a batch, in four micro-batches
 
@@ -58,12 +64,19 @@ class Job:
         loss = (out - x[:, :3]).pow(2).mean()
         return loss, {"rows": float(len(x))}
 
-    def steps(self, first: int, last: int) -> list[Any]:
-        def share(batch):
-            loss, metrics = self.objective(batch)
-            return loss / 4, metrics
+    def share(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, metrics = self.objective(batch)
+        return loss / 4, metrics
 
-        return [self.learner.step(batch_of(s).split(3), share) for s in range(first, last + 1)]
+    def steps(self, first: int, last: int, dead: tuple[int, ...] = ()) -> list[StepOutcome]:
+        """Optimiser steps; micro-batches in `dead` have a loss without gradient."""
+
+        def objective(item: tuple[int, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+            index, batch = item
+            return (torch.zeros(()), {}) if index in dead else self.share(batch)
+
+        batches = (list(enumerate(batch_of(s).split(3))) for s in range(first, last + 1))
+        return [self.learner.step(batch, objective) for batch in batches]
 
 
 def run_in(folder: Path) -> Run:
@@ -72,12 +85,109 @@ def run_in(folder: Path) -> Run:
     return Run(folder)
 
 
-def trained(job: Job, folder: Path, steps: int, **pace: Any) -> None:
+def trained(job: Job, folder: Path, steps: int, batches=batch_of) -> None:
     """`train` to `steps` in a run directory, from its newest checkpoint."""
-    settings: dict[str, Any] = {"log_every": 2, "save_every": 2, "ema": 0.9, "micro_batches": 4}
-    train(
-        run_in(folder), job.learner, batch_of, job.objective, Pace(steps=steps, **settings | pace)
-    )
+    pace = Pace(steps=steps, log_every=3, save_every=2, ema=0.9, micro_batches=4)
+    train(run_in(folder), job.learner, batches, job.objective, pace, preview=preview(job))
+
+
+def preview(job: Job) -> Callable[[int, Average | None], dict[str, float]]:
+    """Calls the network with whole weights in place; the figure is a function of them."""
+
+    @torch.no_grad()
+    def figure(step: int, average: Average | None) -> dict[str, float]:
+        assert average is not None and len(average.tensors) == 6
+        return {"figure": float(job.net(batch_of(0)[:, :5], torch.ones(1)).sum())}
+
+    return figure
+
+
+def everything(ranks: Ranks, folder: Path, mode: str) -> None:
+    """All that the two processes do; the first leaves what the tests read in `folder`."""
+    new = functools.partial(Job, ranks, parallel=mode)
+    for part in (_steps, _spoilt, _runs, _told, _lost):
+        part(ranks, folder, new)
+
+
+def _steps(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
+    for name, dead in (("steps", ()), ("dead", (3,))):
+        job = new()
+        outcomes = [asdict(o) for o in job.steps(1, 6, dead)]
+        weights = job.learner.weights()
+        if ranks.is_first:
+            save_file(weights, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(outcomes))
+
+
+def _spoilt(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
+    """A gradient that is not finite in the last micro-batch, which the second rank computes."""
+    job = new()
+    job.steps(1, 2)
+    before = job.learner.weights(), job.learner.state()
+    spoilt = list(batch_of(3).split(3))
+    spoilt[3] = spoilt[3] * float("inf")
+    outcome = job.learner.step(spoilt, job.share)
+    after = job.learner.weights(), job.learner.state()
+    job.steps(4, 4)
+    moved = job.learner.weights()
+    if ranks.is_first:
+        assert same(before[0], after[0]) and same(before[1][0], after[1][0])
+        assert not same(after[0], moved)
+    said = {"skipped": outcome.skipped, **after[1][1]}
+    (folder / f"spoilt_{ranks.rank}.json").write_text(json.dumps(said))
+
+
+def _runs(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
+    trained(new(), folder / "straight", 6)
+    trained(new(), folder / "resumed", 4)
+    trained(new(), folder / "resumed", 6)
+    trained(new(), folder / "from_one", 6)  # whose first four steps were one process's
+
+    def batches(step: int) -> torch.Tensor:
+        if step == 3 and not ranks.is_first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_of(step)
+
+    try:
+        trained(new(), folder / "stopped", 6, batches)
+    except Interrupted as stopped:
+        (folder / f"stopped_{ranks.rank}.txt").write_text(str(stopped))
+    if ranks.is_first:
+        shutil.copytree(folder / "stopped", folder / "at_three")
+    trained(new(), folder / "stopped", 6)
+
+
+def _told(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
+    """What the ranks say to each other."""
+    total, mean = ranks.sum({"a": 1.0 + ranks.rank}), ranks.mean({"a": 1.0 + ranks.rank})
+    said: dict[str, Any] = {"sum": total, "mean": mean, "any": ranks.any(ranks.rank == 1)}
+    said["share"] = list(ranks.share(range(5)))
+
+    def fail() -> None:
+        raise CheckpointError("the disk is full")
+
+    try:
+        ranks.on_first(fail)
+    except AlignError as error:
+        said["failed"] = [type(error).__name__, str(error)]
+    try:
+        new().learner.step([batch_of(1)], Job().share)
+    except ConfigError as error:
+        said["idle"] = str(error)
+    (folder / f"told_{ranks.rank}.json").write_text(json.dumps(said))
+
+
+def _lost(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
+    """The second rank has left; the first still waits for it."""
+    if ranks.is_first:
+        try:
+            ranks.barrier()
+        except ClusterError as error:
+            (folder / "lost.txt").write_text(str(error))
+
+
+def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def _enter(rank: int, world: int, port: int, work: Callable[..., None], args: tuple) -> None:
@@ -92,16 +202,9 @@ def _enter(rank: int, world: int, port: int, work: Callable[..., None], args: tu
         work(ranks, *args)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(work: Callable[..., None], *args: Any, world: int = 2) -> None:
     """Run `work(ranks, *args)` in `world` processes that form a gloo group; errors come back."""
-    mp.spawn(_enter, (world, free_port(), work, args), nprocs=world)
-
-
-if __name__ == "__main__":
-    sys.exit("imported by the tests")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_enter, (world, port, work, args), nprocs=world)
