@@ -64,19 +64,17 @@ class Alone:
 
 
 class _Whole(torch.nn.Module):
-    """The objective as a module over `held`. A loss without gradient gets a zero one, since every
-    rank takes part in every sum.
-    """
+    """The objective as a module over `held`, the weights it uses."""
 
     def __init__(self, held: torch.nn.Module) -> None:
         super().__init__()
         self.held = held
 
-    def forward(self, objective: Loss, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    def forward(
+        self, objective: Loss, batch: Any, finish: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
         loss, metrics = objective(batch)
-        if not loss.requires_grad:
-            loss = loss + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
-        return loss, dict(metrics)
+        return finish(loss), dict(metrics)
 
 
 class Replicas:
@@ -89,17 +87,21 @@ class Replicas:
     def __init__(self, parameters: Parameters, ranks: Ranks) -> None:
         self.parameters, self.ranks = parameters, ranks
         first = next(iter(parameters.values()))
-        idle = torch.nn.Parameter(first.new_zeros(1))  # torch warns if a search finds none
-        held = torch.nn.ParameterList([*parameters.values(), idle])
+        self._idle = torch.nn.Parameter(first.new_zeros(1))  # else torch warns that all are used
+        held = torch.nn.ParameterList([*parameters.values(), self._idle])
         self._ddp = DistributedDataParallel(_Whole(held), find_unused_parameters=True)
 
     def backward(
         self, objective: Loss, batch: Any, last: bool
     ) -> tuple[Tensor, Mapping[str, float]]:
         with nullcontext() if last else self._ddp.no_sync():
-            loss, metrics = self._ddp(objective, batch)
+            loss, metrics = self._ddp(objective, batch, self._with_gradient)
             (loss * self.ranks.world).backward()
         return loss.detach(), metrics
+
+    def _with_gradient(self, loss: Tensor) -> Tensor:
+        """The sums begin in the backward pass, so there must be one."""
+        return loss if loss.requires_grad else loss + 0 * self._idle.sum()
 
     def gathered(self) -> Any:
         return nullcontext(self.parameters)
@@ -109,8 +111,7 @@ class Shards:
     """torch's fully_shard (FSDP2; ZeRO, arXiv:1910.02054): weights, gradients, moments in shards.
 
     The weights are gathered as one unit for the forward and backward of a step, so that keys and
-    values kept from one call of the network for another stay valid. A step must use the same
-    weights on all ranks.
+    values kept from one call of the network for another stay valid.
     """
 
     def __init__(self, parameters: Parameters, module: torch.nn.Module, ranks: Ranks) -> None:
@@ -138,9 +139,20 @@ class Shards:
         self._whole.set_reshard_after_backward(
             last
         )  # one gather a step, however many micro-batches
-        loss, metrics = self._whole(objective, batch)
-        (loss * self.ranks.world).backward()
+        loss, metrics = self._whole(objective, batch, self._as_on_all_ranks if last else _as_is)
+        if loss.requires_grad:
+            (loss * self.ranks.world).backward()
         return loss.detach(), metrics
+
+    def _as_on_all_ranks(self, loss: Tensor) -> Tensor:
+        """With a zero gradient for weights that only other ranks used, or that had theirs from an
+        earlier micro-batch if this one has none: the ranks add up one buffer in one backward pass.
+        """
+        held, reached = self._in_place(), _reached(loss)
+        mine = {n for n, p in held.items() if p.grad is not None or id(p) in reached}
+        used = set(self.ranks.sum(dict.fromkeys(mine, 1.0)))
+        touched = used - mine if loss.requires_grad else used
+        return loss + sum(0 * held[name].sum() for name in sorted(touched))
 
     @contextmanager
     def gathered(self) -> Iterator[Parameters]:
@@ -149,6 +161,24 @@ class Shards:
             yield self._in_place()
         finally:
             self._whole.reshard()
+
+
+def _as_is(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _reached(loss: Tensor) -> set[int]:
+    """The leaves (by id) that the backward pass of `loss` will reach."""
+    seen, found, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [after for after, _ in node.next_functions]
+    return found
 
 
 def _check_all_train(parameters: Parameters, module: torch.nn.Module) -> None:

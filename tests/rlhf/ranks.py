@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -91,6 +92,22 @@ def trained(job: Job, folder: Path, steps: int, batches=batch_of) -> None:
     train(run_in(folder), job.learner, batches, job.objective, pace, preview=preview(job))
 
 
+class Killed(Exception):
+    pass
+
+
+def killed(job: Job, folder: Path) -> None:
+    """`trained`, killed at step 5: what it did since its checkpoint of step 4 is lost."""
+
+    def batches(step: int) -> torch.Tensor:
+        if step == 5:
+            raise Killed
+        return batch_of(step)
+
+    with contextlib.suppress(Killed):
+        trained(job, folder, 6, batches)
+
+
 def preview(job: Job) -> Callable[[int, Average | None], dict[str, float]]:
     """Calls the network with whole weights in place; the figure is a function of them."""
 
@@ -139,9 +156,9 @@ def _spoilt(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
 
 def _runs(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
     trained(new(), folder / "straight", 6)
-    trained(new(), folder / "resumed", 4)
-    trained(new(), folder / "resumed", 6)
-    trained(new(), folder / "from_one", 6)  # whose first four steps were one process's
+    killed(new(), folder / "killed")
+    trained(new(), folder / "killed", 6)
+    trained(new(), folder / "from_one", 6)  # one process was killed there
 
     def batches(step: int) -> torch.Tensor:
         if step == 3 and not ranks.is_first:

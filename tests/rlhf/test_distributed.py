@@ -14,7 +14,7 @@ from rlhf.learner import Learner, LearnerConfig
 from rlhf.metrics import read_rows
 from rlhf.parallel import wrap
 from rlhf.training import equal_parts
-from tests.rlhf.ranks import Job, Net, everything, launch, same, trained
+from tests.rlhf.ranks import Job, Net, everything, killed, launch, same, trained
 
 MODES = ("ddp", "fsdp")
 
@@ -23,7 +23,7 @@ MODES = ("ddp", "fsdp")
 def two(request, tmp_path_factory):
     """Folder in which two processes of a mode have left their results."""
     folder = tmp_path_factory.mktemp(request.param)
-    trained(Job(), folder / "from_one", 4)
+    killed(Job(), folder / "from_one")
     launch(everything, folder, request.param)
     return folder
 
@@ -92,8 +92,8 @@ def assert_identical(run, reference):
     assert mine.meta == theirs.meta and rows(run) == rows(reference)
 
 
-def test_two_ranks_continue_bit_for_bit(two):
-    assert_identical(two / "resumed", two / "straight")
+def test_two_killed_ranks_continue_bit_for_bit(two):
+    assert_identical(two / "killed", two / "straight")
 
 
 def test_sigterm_at_one_rank_stops_both_after_a_checkpoint_that_continues(two):
@@ -112,11 +112,11 @@ def test_two_ranks_continue_what_one_began_and_one_what_two_began(two, one, tmp_
             assert_close(mine.tensors[part], theirs.tensors[part])
 
 
-def test_a_stopped_run_of_one_process_logs_the_row_of_an_unstopped_one(one, tmp_path):
-    """Rows are means over several steps; those before the checkpoint are not forgotten."""
-    for steps in (4, 6):
-        trained(Job(), tmp_path, steps)
-    assert rows(tmp_path)[-1] == rows(one / "straight")[-1]
+def test_one_process_continues_bit_for_bit(one, tmp_path):
+    """Rows too, means over steps before and after the checkpoint."""
+    killed(Job(), tmp_path)
+    trained(Job(), tmp_path, 6)
+    assert_identical(tmp_path, one / "straight")
 
 
 # --- what ranks say to each other -----------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_an_environment_that_does_not_fit_is_refused(environment, changes, words
 def test_ranks_that_do_not_come_are_an_error(environment):
     environment(GIVEN)
     with pytest.raises(ClusterError, match="could not join the others at 127.0.0.1:1 within 1 s"):
-        start(seconds=1)
+        start(seconds=1.0)
 
 
 # --- refusals -------------------------------------------------------------------------------------
