@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rlhf.distributed import Ranks
+from rlhf.distributed import Ranks, whole
 from rlhf.errors import ConfigError
 
 Mode = Literal["ddp", "fsdp"]
@@ -117,11 +117,10 @@ class Shards:
     def __init__(self, parameters: Parameters, module: torch.nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
         _check_all_train(parameters, module)
-        places = {
-            id(p): (part, name)
-            for part in module.modules()
-            for name, p in part.named_parameters(recurse=False)
-        }
+        places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for part in module.modules():
+            for attribute, p in part.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(p), []).append((part, attribute))
         self._places = {name: places[id(p)] for name, p in parameters.items()}
         for p in module.parameters():
             dist.broadcast(p.data, 0)
@@ -130,7 +129,13 @@ class Shards:
         self.parameters = self._in_place()
 
     def _in_place(self) -> Parameters:
-        return {name: getattr(part, attr) for name, (part, attr) in self._places.items()}
+        """What the module holds now: shards between steps, whole weights in its forward pass."""
+        return {name: getattr(*places[0]) for name, places in self._places.items()}
+
+    def _put(self, parameters: Parameters) -> None:
+        for name, places in self._places.items():
+            for part, attribute in places:
+                setattr(part, attribute, parameters[name])
 
     def backward(
         self, objective: Loss, batch: Any, last: bool
@@ -156,11 +161,12 @@ class Shards:
 
     @contextmanager
     def gathered(self) -> Iterator[Parameters]:
-        self._whole.unshard()
+        plain = {n: torch.nn.Parameter(whole(p.detach())) for n, p in self.parameters.items()}
+        self._put(plain)
         try:
-            yield self._in_place()
+            yield plain
         finally:
-            self._whole.reshard()
+            self._put(self.parameters)
 
 
 def _as_is(loss: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ def _reached(loss: Tensor) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            found.add(id(node.variable))  # type: ignore[attr-defined]
         waiting += [after for after, _ in node.next_functions]
     return found
 
