@@ -182,10 +182,13 @@ def stop() -> None:
 
 @contextmanager
 def session(device: str = "cpu", seconds: float = SECONDS) -> Iterator[Ranks]:
-    """`start`, and `stop` at the end. Raises what they raise, ClusterError for a lost rank."""
+    """`start`; at the end, where all went well, wait for the others; `stop`. Raises what they raise,
+    and ClusterError for a lost rank.
+    """
     ranks = start(device, seconds)
     try:
         yield ranks
+        ranks.barrier()  # a rank that left would break what is on its way to another
     except AlignError:
         raise
     except dist.DistError as error:

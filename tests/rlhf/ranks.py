@@ -201,6 +201,7 @@ def _lost(ranks: Ranks, folder: Path, new: Callable[[], Job]) -> None:
             ranks.barrier()
         except ClusterError as error:
             (folder / "lost.txt").write_text(str(error))
+    os._exit(0)
 
 
 def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
