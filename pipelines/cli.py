@@ -5,7 +5,7 @@ A program is a module `pipelines/<program>.py` with
     Config                  a frozen dataclass, filled by `rlhf.config.load` from --config and
                             key=value
     run(config) -> result   does the work; the result is JSON, as `rlhf.run.report` makes it:
-                            {"program", "seconds", "metrics": {...}, ...}
+                            {"program", "seconds", "metrics": {...}, ...}; {} prints nothing
 
 and, where it has a use for them,
 
@@ -319,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         aside = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
         with aside:
             result = execute(program, options)
-        print(show(program, options, result))
+        if result:  # ranks but the first have none
+            print(show(program, options, result))
     return 0
 
 

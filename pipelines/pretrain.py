@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,23 +24,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from pipelines.data.scenes import MIXTURE, Example, check_shares, mixture, pictures
+from pipelines.data.latents import Bucket, make_buckets, take
+from pipelines.data.scenes import MIXTURE, check_shares, mixture, pictures
 from rewards import images
 from rlhf import noise
+from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import tiny
 from rlhf.models.autoencoder import load_autoencoder
+from rlhf.models.recall import IGNORED, Recall
 from rlhf.policies.base import Condition
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy
+from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
-from rlhf.training import Average, Pace, train
+from rlhf.training import Average, Pace, equal_parts, open_run, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +56,19 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """`vae` and `condition` are directories made by `rlhf vae` and by the condition stage."""
+    """`vae` and `condition` are directories made by `rlhf vae` and by the condition stage. With
+    `start`, a pipeline's directory or `scenes`, its parts are used and its transformer trained
+    further.
+    """
 
     stage: Literal["condition", "transformer"] = "transformer"
     name: str = "pretrain"
     runs: str = "runs"
     vae: str | None = None
     condition: str | None = None
+    start: str | None = None
+    train: Literal["full", "lora"] = "full"
+    checkpointing: bool = False  # of the transformer's activations
     seed: int = 0
     threads: int = 1
     size: int = 64
@@ -85,9 +92,10 @@ class Config:
 
     def check(self) -> None:
         check_shares(self.captions)
-        if self.stage == "transformer" and not (self.vae and self.condition):
+        parts = self.vae and self.condition
+        if self.stage == "transformer" and not (self.start or parts):
             raise ConfigError(
-                "stage transformer: expected vae=DIR and condition=DIR, got"
+                "stage transformer: expected vae=DIR and condition=DIR, or start=DIR, got"
                 f" vae={self.vae} condition={self.condition}: run `rlhf vae` and stage=condition"
                 " first"
             )
@@ -97,6 +105,12 @@ class Config:
                 f"mixture: expected shares >= 0 of {', '.join(sorted(kinds))}, got"
                 f" {dict(self.mixture)}"
             )
+        if self.start and parts:
+            raise ConfigError("start: its own parts are used: leave out vae and condition")
+        if self.train == "lora" and not self.start:
+            raise ConfigError(
+                "train=lora: expected weights to adapt, got none: write start=DIR, or train=full"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"dropout: expected a share below 1, got {self.dropout}: 0.1 is usual"
@@ -105,31 +119,37 @@ class Config:
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """Train one stage; the result is in `<run>/condition` or, as a complete pipeline, in
-    `<run>/model`.
+    `<run>/model`, or in `<run>/lora`. Ranks but the first return an empty result.
     """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "pretrain")
-    return (_condition if config.stage == "condition" else _transformer)(config, home)
+    with session() as ranks:
+        home = open_run(config, "pretrain", resume, ranks)
+        return (_condition if config.stage == "condition" else _transformer)(config, home, ranks)
 
 
 # --- the condition encoder
 # -----------------------------------------------------------------------------------
 
 
-def _condition(config: Config, home: Run) -> dict[str, Any]:
+def _condition(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
     shown = mixture(config.examples, config.seed + 1, captions={"rich": 0.5})
     processor = tiny.make_processor(tiny.make_tokenizer(e.caption for e in shown))
     model = tiny.make_text_encoder(processor.tokenizer).train()
     rendered = pictures(shown, config.size)
 
-    def batch_of(step: int) -> Mapping[str, Tensor]:
+    def batch_of(step: int) -> Tensor:
+        """(batch, 2): which example, and whether its picture is hidden."""
         picked = torch.randint(
             len(shown), (config.batch,), generator=noise.generator(config.seed, 12, step)
         )
+        return torch.stack([picked, torch.full_like(picked, step % 2)], dim=1)
+
+    def encode(rows: Tensor) -> Mapping[str, Tensor]:
+        picked = rows[:, 0]
         captions = [shown[i].caption for i in picked]
-        if step % 2:
+        if rows[0, 1]:
             return processor(
                 text=[_T2I.format(c) for c in captions], padding=True, return_tensors="pt"
             )
@@ -143,7 +163,8 @@ def _condition(config: Config, home: Run) -> dict[str, Any]:
 
     recall = Recall(model)
 
-    def objective(batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def objective(rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+        batch = encode(rows)
         ids = batch["input_ids"]
         ignored = (batch["attention_mask"] == 0) | (ids == processor.image_token_id)
         labels = ids.masked_fill(ignored, IGNORED)
@@ -152,10 +173,15 @@ def _condition(config: Config, home: Run) -> dict[str, Any]:
         return language + recalled, {"loss/recall": float(recalled.detach())}
 
     parameters = {**dict(model.named_parameters()), **dict(recall.heads.named_parameters("recall"))}
-    train(home, Learner(parameters, config.learner), batch_of, objective, config.pace)
+    module = torch.nn.ModuleList([model, recall.heads])
+    learner = Learner(parameters, config.learner, ranks, module)
+    train(home, learner, batch_of, objective, config.pace)
     recall.close()
-    model.eval().save_pretrained(home.root / "condition" / "text_encoder")
-    processor.save_pretrained(home.root / "condition" / "processor")
+    with learner.gathered():
+        if not ranks.is_first:
+            return {}
+        model.eval().save_pretrained(home.root / "condition" / "text_encoder")
+        processor.save_pretrained(home.root / "condition" / "processor")
     rows = home.rows()
     metrics = {
         "loss": {"value": rows[-1]["loss"]},
@@ -164,7 +190,6 @@ def _condition(config: Config, home: Run) -> dict[str, Any]:
     return home.write_result(time.monotonic() - began, metrics)
 
 
-IGNORED = -100  # label of a position without loss
 _HEAD = f"<|im_start|>system\n{tiny.SYSTEM}<|im_end|>\n<|im_start|>user\n"
 _T2I = _HEAD + "{}<|im_end|>\n<|im_start|>assistant\n"
 _CAPTION = (
@@ -174,105 +199,8 @@ _CAPTION = (
 )
 
 
-class Recall:
-    """Linear heads that read the current and the two preceding tokens off the features.
-
-    A decoder trained on the next token alone may forget, in its last layer, what the present one
-    was: measured at the embedded size, a colour word moved its feature by 6% of its norm. The
-    transformer reads these very features (before the final norm), so they must say what was said.
-    """
-
-    def __init__(self, model: Qwen3VLForConditionalGeneration, reach: int = 3) -> None:
-        text = model.config.text_config
-        heads = [torch.nn.Linear(text.hidden_size, text.vocab_size) for _ in range(reach)]
-        self.heads = torch.nn.ModuleList(heads)
-        self._features: Tensor | None = None
-        self._hook = model.model.language_model.norm.register_forward_hook(self._keep)
-
-    def _keep(self, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self._features = args[0]
-
-    def __call__(self, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over the heads, for the features of the last forward pass."""
-        assert self._features is not None
-        rows = F.rms_norm(self._features, self._features.shape[-1:])
-        losses = []
-        for back, head in enumerate(self.heads):
-            wanted = F.pad(labels, (back, 0), value=IGNORED)[:, : labels.shape[1]]
-            wanted = wanted.masked_fill(labels == IGNORED, IGNORED)
-            scores = head(rows).flatten(0, 1)
-            losses.append(F.cross_entropy(scores, wanted.flatten(), ignore_index=IGNORED))
-        return torch.stack(losses).mean()
-
-    def close(self) -> None:
-        self._hook.remove()
-
-
 # --- the transformer
 # -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Examples of one layout: packed latents (n, N, C), their conditions, and those of the empty
-    prompt.
-    """
-
-    latents: Tensor
-    condition: Condition
-    empty: Condition
-
-
-def _stack(conditions: list[Condition]) -> Condition:
-    sources = [c.sources_PMC for c in conditions if c.sources_PMC is not None]
-    return Condition(
-        embeds_PLD=torch.cat([c.embeds_PLD for c in conditions]),
-        image_slots_L=conditions[0].image_slots_L,
-        sources_PMC=torch.cat(sources) if sources else None,
-        source_shapes=conditions[0].source_shapes,
-    )
-
-
-def _take(condition: Condition, index: Tensor) -> Condition:
-    return Condition(
-        embeds_PLD=condition.embeds_PLD[index],
-        image_slots_L=condition.image_slots_L,
-        sources_PMC=None if condition.sources_PMC is None else condition.sources_PMC[index],
-        source_shapes=condition.source_shapes,
-    )
-
-
-@torch.no_grad()
-def make_buckets(
-    policy: QwenImage21Policy, examples: list[Example], size: int, least: int
-) -> list[Bucket]:
-    """Latents and conditions of all examples by layout; layouts rarer than `least` are left out."""
-    from pipelines.data.scenes import rgba
-
-    vae = policy.pipeline.vae
-    grouped: dict[Any, list[tuple[Tensor, Condition, Condition]]] = defaultdict(list)
-    for start in range(0, len(examples), 64):
-        part = examples[start : start + 64]
-        packed = policy.pack(
-            vae.encode(rgba(pictures(part, size)).unsqueeze(2)).latent_dist.mode()[:, :, 0]
-        )
-        plain = policy.encode_variants([e.caption for e in part])
-        nothing = policy.encode("")
-        for one, latent, condition in zip(part, packed, plain, strict=True):
-            picture, empty = one.source_picture(size), nothing
-            if picture is not None:
-                condition, empty = policy.encode_variants([one.caption, ""], (picture,))
-            grouped[condition.layout].append((latent, condition, empty))
-        policy.forget()
-    return [
-        Bucket(
-            latents=torch.stack([latent for latent, _, _ in rows]),
-            condition=_stack([c for _, c, _ in rows]),
-            empty=_stack([e for _, _, e in rows]),
-        )
-        for rows in grouped.values()
-        if len(rows) >= least
-    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,10 +234,22 @@ def draw_batch(config: Config, buckets: list[Bucket], step: int) -> Batch:
     odds = math.exp(config.shift)
     return Batch(
         latents=latents,
-        condition=_take(bucket.empty if dropped else bucket.condition, index),
+        condition=take(bucket.empty if dropped else bucket.condition, index),
         noise=torch.randn(latents.shape, generator=rows),
         sigma=odds * u / (1 + (odds - 1) * u),
     )
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Consecutive examples in equal parts, each with all its copies. Raises ConfigError if they do
+    not divide.
+    """
+    rows = equal_parts(torch.arange(len(batch.condition.embeds_PLD)), parts)
+    tensors = (equal_parts(t, parts) for t in (batch.latents, batch.noise, batch.sigma))
+    return [
+        Batch(latents=latents, condition=take(batch.condition, index), noise=eps, sigma=sigma)
+        for index, latents, eps, sigma in zip(rows, *tensors, strict=True)
+    ]
 
 
 def flow_matching(policy: QwenImage21Policy, batch: Batch, size: tuple[int, int]) -> Tensor:
@@ -332,9 +272,13 @@ def mixed_precision(policy: QwenImage21Policy, precision: str) -> Iterator[None]
         yield
 
 
-def _transformer(config: Config, home: Run) -> dict[str, Any]:
-    began = time.monotonic()
-    size = (config.size, config.size)
+def _policy(config: Config) -> QwenImage21Policy:
+    """The policy to train: `start`, or a new transformer between the trained parts."""
+    how = PolicyConfig(
+        model=config.start or "", train=config.train, checkpointing=config.checkpointing
+    )
+    if config.start:
+        return load_policy(how)
     condition = Path(str(config.condition))
     pipeline = tiny.assemble(
         load_autoencoder(str(config.vae)),
@@ -342,7 +286,13 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         Qwen3VLProcessor.from_pretrained(condition / "processor"),
         tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
     )
-    policy = QwenImage21Policy(pipeline, PolicyConfig(train="full"))
+    return QwenImage21Policy(pipeline, how)
+
+
+def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
+    began = time.monotonic()
+    size = (config.size, config.size)
+    policy = _policy(config)
     examples = mixture(
         config.examples, config.seed + 3, weights=config.mixture, captions=config.captions
     )
@@ -372,21 +322,30 @@ def _transformer(config: Config, home: Run) -> dict[str, Any]:
         with mixed_precision(policy, config.precision):
             return flow_matching(policy, batch, size), {}
 
+    learner = Learner(policy.slots.parameters, config.learner, ranks, policy.transformer)
+    policy.slots.parameters.update(learner.parameters)
     average = train(
         home,
-        Learner(policy.slots.parameters, config.learner),
+        learner,
         lambda step: draw_batch(config, buckets, step),
         objective,
         config.pace,
         preview=preview,
+        split=split_batch,
     )
-    if average is not None:
-        average.copy_to(policy.slots.parameters)
-    with torch.no_grad():
+    with learner.gathered() as weights, torch.no_grad():
+        if not ranks.is_first:
+            return {}
+        if average is not None:
+            average.copy_to(weights)
         losses = [
             float(flow_matching(policy, draw_batch(config, buckets, 10_000_000 + i), size))
             for i in range(16)
         ]
-    pipeline.to(dtype=getattr(torch, config.save_dtype)).save_pretrained(home.root / "model")
+        if config.train == "lora":
+            policy.export(str(home.root / "lora"), {n: p.detach() for n, p in weights.items()})
+        else:
+            dtype = getattr(torch, config.save_dtype)
+            policy.pipeline.to(dtype=dtype).save_pretrained(home.root / "model")
     metrics = {"loss/flow": {"value": float(np.mean(losses)), "n": len(losses)}}
     return home.write_result(time.monotonic() - began, metrics)

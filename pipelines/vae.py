@@ -26,15 +26,16 @@ from pipelines.data.curriculum import Curriculum, Stream, squares
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
 from rlhf import noise
+from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import autoencoder as ae
-from rlhf.models.codec import CodecBatch, CodecLoss, CodecObjective
+from rlhf.models.codec import CodecBatch, CodecLoss, CodecObjective, split_batch
 from rlhf.models.measures import ssim
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
 from rlhf.models.vae2 import Setting, Shortcut, published
 from rlhf.run import Run
-from rlhf.training import Average, Pace, train
+from rlhf.training import Average, Pace, open_run, train
 
 HELD = 256  # pictures that figures are read on
 SAMPLE = 4000  # pictures that statistics, and the spectral start, are read on
@@ -192,14 +193,20 @@ def build(config: Config, sample: Tensor) -> ae.Autoencoder:
 
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Train and write `<run>/vae`, a directory that the network's `from_pretrained` opens."""
+    """Train and write `<run>/vae`, a directory that the network's `from_pretrained` opens. Ranks
+    but the first return an empty result.
+    """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    with session(config.device) as ranks:
+        return _train(config, open_run(config, "vae", resume, ranks), ranks)
+
+
+def _train(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
-    home = Run.open(resume) if resume else Run.create(config.runs, config.name, config, "vae")
     data = open_pictures(config)
     vae = build(config, data.sample)
-    vae.to(config.device)
+    vae.to(ranks.device)
     if config.checkpointing:
         vae.enable_gradient_checkpointing()
     objective = CodecObjective(vae, config.loss, config.pace.steps, config.seed)
@@ -221,12 +228,15 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
 
     average = train(
         home,
-        Learner(learned | objective.parameters, config.learner),
+        Learner(learned | objective.parameters, config.learner, ranks),
         lambda step: CodecBatch(rgba=data.batch_of(step), step=step),
         objective,
         config.pace,
         preview=preview,
+        split=split_batch,
     )
+    if not ranks.is_first:
+        return {}
     if average is not None:
         average.copy_to(learned)
     if config.trained == "all":

@@ -20,6 +20,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import autoencoder as ae
 from rlhf.models import codec_losses as losses
 from rlhf.models.vision import Vision, load_vision, lpips_weights, vgg_features
+from rlhf.training import equal_parts
 
 _POSTERIOR = 14  # what a draw of this objective is keyed with
 
@@ -62,17 +63,24 @@ class CodecLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecBatch:
-    """Pictures of one size, RGBA in [-1, 1], and the step 1.. they are for."""
+    """Pictures of one size, RGBA in [-1, 1], the step 1.. they are for, and which part of it."""
 
     rgba: Float[Tensor, "b 4 h w"]
     step: int
+    part: int = 0
+
+
+def split_batch(batch: CodecBatch, parts: int) -> list[CodecBatch]:
+    """Consecutive pictures in equal parts. Raises ConfigError if they do not divide."""
+    rows = enumerate(equal_parts(batch.rgba, parts))
+    return [CodecBatch(rgba=rgba, step=batch.step, part=i) for i, rgba in rows]
 
 
 class CodecObjective:
     """Maps a `CodecBatch` to the loss; `parameters` are what it trains beside the autoencoder.
 
-    With `kl` above 0 the decoder sees samples of the posterior, keyed by (seed, step), else its
-    mode. The discriminator learns in the same step, from its own hinge loss: Adam does not mind
+    With `kl` above 0 the decoder sees samples of the posterior, keyed by (seed, step, part), else
+    its mode. The discriminator learns in the same step, from its own hinge loss: Adam does not mind
     the scale of that, but the clipping of gradients is shared.
     """
 
@@ -106,7 +114,7 @@ class CodecObjective:
             terms["alignment"] = config.alignment, self._alignment(x, z[:, :, 0], batch.step)
         if config.kl:
             terms["kl"] = config.kl, losses.kl(posterior.mean, posterior.logvar)
-            draw = noise.generator(self.seed, _POSTERIOR, batch.step)
+            draw = noise.generator(self.seed, _POSTERIOR, batch.step, batch.part)
             z = z + posterior.std * torch.randn(z.shape, generator=draw).to(z.device)
         again = ae.decode_raw(self.vae, z[:, :, 0])
         error = again - x

@@ -54,7 +54,8 @@ class Lora:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
     """`model` is a directory or hub id, or `scenes`, the embedded base. `train`: LoRA adapters or
-    all weights.
+    all weights. `checkpointing` computes activations again in the backward pass instead of keeping
+    them (arXiv:1604.06174).
     """
 
     model: str = "scenes"
@@ -62,6 +63,7 @@ class PolicyConfig:
     lora: Lora = field(default_factory=Lora)
     device: str = "cpu"
     dtype: str = "float32"
+    checkpointing: bool = False
     seed: int = 0
 
     def check(self) -> None:
@@ -126,6 +128,8 @@ class QwenImage21Policy:
         for part in (pipeline.vae, pipeline.text_encoder, self.transformer):
             part.requires_grad_(False).eval()
         self._choose_trainable()
+        if self.config.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
         self.slots = Slots(self.transformer)
         self._conditions: dict[tuple[object, ...], Condition] = {}
 

@@ -128,7 +128,7 @@ def test_bf16_products_agree_with_float32(tiny_base, config):
     losses = []
     for precision in ("float32", "bfloat16"):
         with pretrain.mixed_precision(policy, precision):
-            losses.append(float(pretrain.flow_matching(policy, batch, (64, 64))))
+            losses.append(pretrain.flow_matching(policy, batch, (64, 64)).item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
 
 
