@@ -8,6 +8,7 @@ micro-batches and computes a contiguous share of it.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for every rank. Raises ClusterError if one does not come."""
-        self._exchange(None)
+        if self.backend is not None:
+            with self._reaching_others():
+                dist.barrier()
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's contiguous part; the first ranks take one more where it does not divide.
@@ -99,14 +102,19 @@ class Ranks:
         if self.backend is None:
             return [value]
         values: list[T] = [value] * self.world
-        try:
+        with self._reaching_others():
             dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _reaching_others(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise ClusterError(
                 f"rank {self.rank} of {self.world} lost another rank: {error}. Look at the output"
                 " of the rank that ended first, then --resume RUN"
             ) from error
-        return values
 
 
 ALONE = Ranks()
@@ -177,14 +185,14 @@ def start(device: str = "cpu", seconds: float = SECONDS) -> Ranks:
 def stop() -> None:
     """Leave the group. Without one, nothing."""
     if dist.is_initialized():
+        gc.collect()  # shards and hooks refer to the group: they go while the interpreter lives
         dist.destroy_process_group()
 
 
 @contextmanager
 def session(device: str = "cpu", seconds: float = SECONDS) -> Iterator[Ranks]:
-    """`start`; at the end, where all went well, wait for the others; `stop`.
-
-    Raises what they raise, and ClusterError for a lost rank.
+    """`start`; at the end, where all went well, wait for the others; `stop`. Raises what `start`
+    raises, and ClusterError for a lost rank.
     """
     ranks = start(device, seconds)
     try:
