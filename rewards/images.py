@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Picture = UInt8[np.ndarray, "3 h w"]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _ORIENTATION = 0x0112  # of EXIF
 _DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 
@@ -160,6 +161,17 @@ def save_png(path: str | os.PathLike[str], chw) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def files_below(folder: str | os.PathLike[str], least: int = 0) -> list[Path]:
+    """All picture files below a folder, sorted. Raises ImageError if fewer than `least`."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(found) < least:
+        raise ImageError(
+            f"expected at least {least} pictures below '{folder}', got {len(found)}: write a folder"
+            f" of {', '.join(SUFFIXES)} files"
+        )
+    return found
 
 
 def load_image(path: str | os.PathLike[str]) -> Picture:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from rlhf.errors import ConfigError
 
 LARGEST = 256  # side of a rendered scene, px
 HELD_EVERY = 50  # of the files of a folder, in the order of their paths
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _DRAW = 15
 
 
@@ -117,17 +115,12 @@ class Folder:
     """Every picture file below a folder, but each fiftieth, which is held out.
 
     Raises:
-        ConfigError: too few files for both.
+        ImageError: too few files for both.
     """
 
     def __init__(self, path: str, held: bool = False) -> None:
-        found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
-        self.paths = [p for i, p in enumerate(found) if (i % HELD_EVERY == 0) == held]
-        if len(found) < 2:
-            raise ConfigError(
-                f"expected at least two pictures below '{path}', got {len(found)}: write a folder"
-                f" of {', '.join(sorted(SUFFIXES))} files"
-            )
+        found = enumerate(images.files_below(path, least=2))
+        self.paths = [p for i, p in found if (i % HELD_EVERY == 0) == held]
 
     def __len__(self) -> int:
         return len(self.paths)

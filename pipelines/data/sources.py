@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pipelines.data.records import Broken, Columns, Kind, Record, record_of
+from rewards import images
 from rlhf.errors import ConfigError, DataError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 Item = Record | Broken
 _FAULT = "\0fault"  # key in the row of a sample that cannot be read
@@ -112,8 +112,7 @@ class Folder:
         text = path.read_text(encoding="utf-8")
         self.rows = [self._row(line) for line in text.splitlines() if line.strip()]
         named = {one for row in self.rows for one in self._names(row)}
-        present = (p for p in sorted(self.root.rglob("*")) if p.suffix.lower() in PICTURES)
-        names = (p.relative_to(self.root).as_posix() for p in present)
+        names = (p.relative_to(self.root).as_posix() for p in images.files_below(self.root))
         self.rows += [{"file_name": name} for name in names if name not in named]
         self.units = -(-len(self.rows) // config.unit_rows)
         self.fingerprint = _digest(text, len(self.rows))
@@ -304,7 +303,7 @@ def _add(row: dict[str, Any], extension: str, data: bytes, names: Columns) -> No
         except ValueError:
             value = None
         row.update(value if isinstance(value, dict) else {_FAULT: "no JSON object in .json"})
-    elif f".{suffix.lower()}" in PICTURES:
+    elif f".{suffix.lower()}" in images.SUFFIXES:
         if stem.split(".")[0] == names.sources:
             row.setdefault(names.sources, []).append(data)
         else:

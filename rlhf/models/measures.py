@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rewards import images
-from rlhf.errors import ConfigError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _WINDOW, _SIGMA = 11, 1.5
 
 
@@ -61,13 +59,7 @@ def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
 
 
 def _pictures(folder: Path, size: int | None) -> Iterator[Tensor]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if len(paths) < 2:
-        raise ConfigError(
-            f"expected at least two pictures below {folder}, got {len(paths)}: write a folder of"
-            f" {', '.join(sorted(SUFFIXES))} files"
-        )
-    for path in paths:
+    for path in images.files_below(folder, least=2):
         picture = images.to_float(images.load_image(path)[None])
         if size is not None and picture.shape[-2:] != (size, size):
             picture = F.interpolate(picture, (size, size), mode="bicubic", antialias=True)
@@ -84,7 +76,7 @@ def folder_features(
     squares of `size` px unless None.
 
     Raises:
-        ConfigError: fewer than two pictures.
+        ImageError: fewer than two pictures.
     """
     return torch.cat([features(picture) for picture in _pictures(folder, size)])
 

@@ -6,6 +6,7 @@ import torch
 
 from pipelines.data.curriculum import Curriculum, Folder, Stage, Stream, shape, squares
 from rewards import images
+from rewards.errors import ImageError
 from rlhf.errors import ConfigError
 
 TWO = (Stage(size=64, share=3.0, text=0.0), Stage(size=96, share=1.0, text=1.0, batch=2))
@@ -68,7 +69,7 @@ def test_a_folder_holds_some_files_out_and_covers_the_window(tmp_path):
     for size in ((64, 64), (16, 128), (128, 16)):
         window = train.window(3, size, (0.99, 0.99))
         assert window.shape == (3, *size) and (window == 7).all()
-    with pytest.raises(ConfigError, match="at least two pictures"):
+    with pytest.raises(ImageError, match="at least 2 pictures"):
         Folder(str(tmp_path / "nothing"))
 
 

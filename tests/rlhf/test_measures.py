@@ -7,7 +7,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
 from rewards import images
-from rlhf.errors import ConfigError
+from rewards.errors import ImageError
 from rlhf.models.measures import folder_features, frechet, frechet_of_folders, ssim
 from tests.rlhf.tiny import picture
 
@@ -79,5 +79,5 @@ def test_folders_of_pictures_of_any_size(tmp_path):
     assert rows.shape == (3, 3) and torch.allclose(rows[1], expected)
     assert frechet_of_folders(a, a, colour, size=16) == pytest.approx(0, abs=1e-6)
     assert frechet_of_folders(a, b, colour) == frechet(rows, folder_features(b, colour)) > 0
-    with pytest.raises(ConfigError, match="at least two pictures"):
+    with pytest.raises(ImageError, match="at least 2 pictures"):
         folder_features(tmp_path / "nothing", colour)
