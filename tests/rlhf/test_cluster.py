@@ -169,11 +169,12 @@ def test_local_verbs(tiny_base):
 def test_a_judge_that_fails_on_some_pictures_masks_them_and_the_run_goes_on(
     tiny_base, judge, tmp_path
 ):
-    plan = Plan(judges=(judge,), max_failed_share=0.9, iterations=2)
+    plan = Plan(judges=(judge,), max_failed_share=0.9, iterations=3)
     watch, state = outcome(LocalCluster(recipe(tiny_base, judges=(judge,))), plan, tmp_path)
     failed = [row[f"reward/{judge_spec(judge)}/failed"] for row in watch.rows]
     live = [row["advantage/live"] for row in watch.rows]
-    assert len(watch.rows) == 2 and all(0 < share < 1 for share in failed)
+    assert len(watch.rows) == 3 and max(failed) < 1
+    assert any(share > 0 for share in failed)  # by chance an iteration may hold no such picture
     assert live == [pytest.approx(1 - share) for share in failed]
     assert all(torch.isfinite(t).all() for t in state.tensors["slots/train"].values())
 
