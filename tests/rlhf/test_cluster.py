@@ -175,7 +175,8 @@ def test_a_judge_that_fails_on_some_pictures_masks_them_and_the_run_goes_on(
     live = [row["advantage/live"] for row in watch.rows]
     assert len(watch.rows) == 3 and max(failed) < 1
     assert any(share > 0 for share in failed)  # by chance an iteration may hold no such picture
-    assert live == [pytest.approx(1 - share) for share in failed]
+    # what did not fail is live, unless it was left alone in its group
+    assert all(0 < a <= 1 - share + 1e-6 for a, share in zip(live, failed, strict=True))
     assert all(torch.isfinite(t).all() for t in state.tensors["slots/train"].values())
 
 
