@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import re
+from pathlib import Path
 
+import rlhf
 from pipelines import assets, cli
 
 
@@ -35,3 +38,9 @@ def test_folders_and_files_are_listed_with_their_cards(tmp_path):
 def test_the_command_prints_the_table(capsys):
     assert cli.main(["assets", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == assets.entries()
+
+
+def test_what_ships_names_no_folder_of_the_machine_that_made_it():
+    root = Path(rlhf.__file__).parent / "assets"
+    texts = {p: p.read_text(encoding="utf-8") for p in root.rglob("*.json")}
+    assert texts and [str(p) for p, text in texts.items() if re.search(r'": "/\w', text)] == []
