@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rewards import images
+from pipelines.data.scenes import rgba
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write_bytes, sweep
 from rlhf.policies.base import Condition
@@ -173,9 +173,8 @@ def latents(
 
 def _encode(policy: QwenImage21Policy, picture: np.ndarray) -> Tensor:
     policy.latent_shape((picture.shape[1], picture.shape[2]))
-    rgb = images.to_float(picture[None])
-    rgba = torch.cat([rgb, torch.ones_like(rgb[:, :1])], dim=1).to(policy.device, policy.dtype)
-    coded = policy.pipeline.vae.encode(rgba.unsqueeze(2))
+    rows = rgba(picture[None]).to(policy.device, policy.dtype)
+    coded = policy.pipeline.vae.encode(rows.unsqueeze(2))
     return policy.pack(coded.latent_dist.mode()[:, :, 0])[0]  # type: ignore[union-attr]
 
 
