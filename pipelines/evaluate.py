@@ -4,7 +4,8 @@ recon/...     what the autoencoder keeps of held-out pictures, read by the oracl
               beside that of a linear code of the same size
 heldout/...   pictures of held-out prompts: guided, `/w1` unguided, `/steps4` unguided in four steps
 chance/...    the same guided pictures read against other prompts
-sweep/...     objects (of split heldout, so that no choice is made on align-heldout) by guidance
+sweep/...     objects of the first of `levels` by guidance (of split heldout, so that no choice is
+              made on align-heldout)
 axes/...      rank correlations of the oracle's axes on the guided pictures
 
 Every figure has a 95% interval over prompts. Written to <run>/evaluations/<id>.json, or to a folder
@@ -61,7 +62,7 @@ class Config:
     out: str | None = None  # folder, for a model that is no run; evaluations/<model>
     id: str | None = None  # name of the file; evaluate, with slot and checkpoint where given
     parts: tuple[Part, ...] = ("recon", "objects", "portraits", "text", "edits", "axes")
-    levels: tuple[int, ...] = (2, 1, 3)
+    levels: tuple[int, ...] = (3, 2, 1)  # of objects; a guidance is chosen on the first
     settings: tuple[Literal["guided", "w1", "steps4"], ...] = ("guided", "w1", "steps4")
     objects_split: Literal["heldout", "align-heldout"] = "align-heldout"
     n: int = 256
@@ -104,11 +105,11 @@ class Config:
         """Prompts and seeds of every kind that is asked for."""
         count = -(-self.n // self.per_prompt)
         kinds = [("objects", level, self.objects_split) for level in self.levels]
-        kinds += [(c, 2, "heldout") for c in ("portraits", "text", "edits")]
+        kinds += [(c, 1, "heldout") for c in ("portraits", "text", "edits")]
         out = []
         for category, level, split in kinds:
             if category in self.parts:
-                name = f"{category}/level{level}" if level != 2 else category
+                name = f"{category}/level{level}" if category == "objects" else category
                 specs = heldout.specs_of(category, level, split, count)
                 out.append(self._task(name, specs))
         return out
@@ -118,8 +119,9 @@ class Config:
 
     def sweep_task(self) -> Task:
         """Prompts that a guidance may be chosen on."""
-        specs = heldout.specs_of("objects", 2, "heldout", -(-self.n // self.per_prompt))
-        return self._task("objects", specs)
+        level, count = self.levels[0], -(-self.n // self.per_prompt)
+        specs = heldout.specs_of("objects", level, "heldout", count)
+        return self._task(f"objects/level{level}", specs)
 
 
 # --- reconstruction ------------------------------------------------------------------------------
@@ -128,8 +130,8 @@ class Config:
 def reconstruction(config: Config, opened: Opened, folder: Path) -> Metrics:
     """Round trips of `n` held-out pictures of each kind, and of the mixture an autoencoder sees."""
     vae = opened.policy.pipeline.vae.float()
-    kinds = {"objects": ("objects", 2), "objects/level1": ("objects", 1)}
-    kinds |= {"objects/level3": ("objects", 3), "portraits": ("portraits", 2), "text": ("text", 2)}
+    kinds = {f"objects/level{level}": ("objects", level) for level in (1, 2, 3)}
+    kinds |= {"portraits": ("portraits", 1), "text": ("text", 1)}
     out: Metrics = {}
     shown: list[list[np.ndarray]] = []
     for name, (category, level) in kinds.items():
@@ -213,8 +215,8 @@ def sweep(config: Config, studio: Studio) -> Metrics:
     for guidance in config.guidances:
         assert task is not None
         made = studio.pictures(task, config.sampler("guided", guidance), f"guidance {guidance:g}")
-        found = heldout.figures(task, made)["heldout/objects/strict"]
-        out[f"sweep/objects/strict/guidance{guidance:g}"] = found
+        found = heldout.figures(task, made)[f"heldout/{task.name}/strict"]
+        out[f"sweep/{task.name}/strict/guidance{guidance:g}"] = found
     if out:
         best = max(zip(config.guidances, out.values(), strict=True), key=lambda p: p[1]["value"])
         out["sweep/best_guidance"] = {"value": best[0], "n": best[1]["n"]}

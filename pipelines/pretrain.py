@@ -1,11 +1,9 @@
-"""`rlhf pretrain`: the condition encoder (once, then frozen) and the flow-matching transformer of
-the scenes base.
+"""`rlhf pretrain`: the condition encoder (once, then frozen) and the flow-matching transformer.
 
 Stage `condition`: next-token prediction on captions in the pipeline's own templates, half of them
-behind their picture. Stage `transformer`: v = eps - x0 regression (arXiv:2210.02747), text-to-image
-and edits, the condition dropped for a tenth of the steps, sigma logit-normal and shifted as in
-sampling. `copies` noisy versions of a picture share the keys and values of its caption, which the
-block-causal model computes once.
+behind their picture. Stage `transformer`: flow matching (`rlhf.flow`) on prompts and edits through
+the phases and stages of `pipelines.data.stages`; the condition is dropped for a tenth of the steps,
+sigma is logit-normal and shifted as in sampling at that resolution.
 """
 
 # What the stock classes declare is wider than what they hold.
@@ -14,35 +12,46 @@ block-causal model computes once.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from pipelines.data.latents import Bucket, make_buckets, take
-from pipelines.data.scenes import MIXTURE, check_shares, mixture, pictures
+from pipelines.data.buckets import Ladder
+from pipelines.data.examples import SCENE_SIDES
+from pipelines.data.held import Held
+from pipelines.data.loader import (
+    Ahead,
+    Batches,
+    Draw,
+    Draws,
+    Encoder,
+    Noising,
+    Traffic,
+    split_draw,
+    token_counts,
+    upcoming,
+)
+from pipelines.data.scenes import MIXTURE, check_mixture, check_shares, mixture, pictures
+from pipelines.data.stages import Phase, Settings, Span, span_at, spans
 from rewards import images
 from rlhf import noise
 from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
+from rlhf.flow import Batch, flow_matching, mixed_precision
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import tiny
 from rlhf.models.autoencoder import load_autoencoder
 from rlhf.models.recall import IGNORED, Recall
-from rlhf.policies.base import Condition
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy
+from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy, tokens_of
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
-from rlhf.training import Average, Pace, equal_parts, open_run, train
+from rlhf.training import Average, Pace, open_run, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +61,14 @@ class Network:
     layers: int = 6
     heads: int = 6
     head_dim: int = 32
+    axes: tuple[int, int, int] | None = None  # rotary: frame, height, width; None: 1/4, 3/8, 3/8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """`vae` and `condition` are directories made by `rlhf vae` and by the condition stage. With
     `start`, a pipeline's directory or `scenes`, its parts are used and its transformer trained
-    further.
+    further. `size`, `edits`, `data`, `mixture` and `captions` hold where no phase says otherwise.
     """
 
     stage: Literal["condition", "transformer"] = "transformer"
@@ -71,17 +81,23 @@ class Config:
     checkpointing: bool = False  # of the transformer's activations
     seed: int = 0
     threads: int = 1
+    device: str = "cpu"
+    phases: tuple[Phase, ...] = ()
     size: int = 64
-    examples: int = 18000
-    batch: int = 16
+    aspects: tuple[float, ...] = (1.0,)  # width over height; scenes are square
+    batch: int = 16  # pictures of `size`; at other sizes as many as have their latent tokens
     copies: int = 4
     dropout: float = 0.1
-    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # of the examples
-    edit_share: float = 0.3  # of the batches; of the examples fewer, being dear to encode
+    shift: float | None = None  # of the noise levels; None: the sampler's, by resolution
+    edits: float = 0.3  # share of the batches that are edits
+    data: str | None = None  # folder of `rlhf data`; None: scenes
+    examples: int = 18000  # scenes of a stage
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))  # of the scenes
     captions: dict[str, float] = field(  # shares of rewards.scenes.captions; the rest is terse
         default_factory=lambda: {"rich": 0.15}
     )
-    shift: float = 0.5  # sigma = e^shift u / (1 + (e^shift - 1) u), u logit-normal
+    shown: int = 16  # held-out prompts on the sheet of a checkpoint, two pictures each
+    cache: str | None = None  # folder for what the frozen parts said; None: memory
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights are float32
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the files
     network: Network = field(default_factory=Network)
@@ -90,20 +106,34 @@ class Config:
         default_factory=lambda: LearnerConfig(lr=1e-3, warmup_steps=200, total_steps=6000)
     )
 
+    def spans(self) -> tuple[Span, ...]:
+        """The stages with their steps."""
+        base = Settings(
+            resolutions=(self.size,),
+            edits=self.edits,
+            data=self.data,
+            mixture=self.mixture,
+            captions=self.captions,
+        )
+        return spans(self.phases, self.pace.steps, base)
+
+    def ladder(self, resolutions: tuple[int, ...]) -> Ladder:
+        """The bucket sizes of a stage, at the latent tokens of `batch` pictures of `size`."""
+        budget = self.batch * tokens_of((self.size, self.size))
+        return Ladder(
+            resolutions=resolutions,
+            aspects=self.aspects,
+            budget=budget,
+            multiple=self.pace.micro_batches,
+        )
+
     def check(self) -> None:
-        check_shares(self.captions)
         parts = self.vae and self.condition
         if self.stage == "transformer" and not (self.start or parts):
             raise ConfigError(
                 "stage transformer: expected vae=DIR and condition=DIR, or start=DIR, got"
                 f" vae={self.vae} condition={self.condition}: run `rlhf vae` and stage=condition"
                 " first"
-            )
-        kinds, shares = set(MIXTURE), self.mixture.values()
-        if not set(self.mixture) <= kinds or min(shares, default=0) < 0 or sum(shares) <= 0:
-            raise ConfigError(
-                f"mixture: expected shares >= 0 of {', '.join(sorted(kinds))}, got"
-                f" {dict(self.mixture)}"
             )
         if self.start and parts:
             raise ConfigError("start: its own parts are used: leave out vae and condition")
@@ -115,6 +145,25 @@ class Config:
             raise ConfigError(
                 f"dropout: expected a share below 1, got {self.dropout}: 0.1 is usual"
             )
+        for span in self.spans():
+            self._check_stage(span)
+
+    def _check_stage(self, span: Span) -> None:
+        settings, ladder = span.settings, self.ladder(span.settings.resolutions)
+        check_shares(settings.captions)
+        check_mixture(settings.mixture)
+        ladder.check()
+        if not settings.data and settings.edits > 0 and not settings.mixture.get("edits"):
+            raise ConfigError(
+                f"stage {span.name}: expected edits in the mixture for a share of batches of"
+                f" {settings.edits}, got {dict(settings.mixture)}: change one of the two"
+            )
+        sides = settings.resolutions
+        if not settings.data and (self.aspects != (1.0,) or set(sides) - set(SCENE_SIDES)):
+            raise ConfigError(
+                f"stage {span.name}: scenes are squares of {SCENE_SIDES} px, got {sides} px and"
+                f" aspects {self.aspects}: write data=DIR, or change resolutions and aspects"
+            )
 
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
@@ -123,7 +172,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with session() as ranks:
+    with session(config.device) as ranks:
         home = open_run(config, "pretrain", resume, ranks)
         return (_condition if config.stage == "condition" else _transformer)(config, home, ranks)
 
@@ -203,149 +252,118 @@ _CAPTION = (
 # -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    latents: Tensor
-    condition: Condition
-    noise: Tensor
-    sigma: Tensor
-
-
-def _shares(buckets: list[Bucket], edit_share: float) -> Tensor:
-    """How often each bucket is drawn: by its size, with edits together at `edit_share`."""
-    counts = torch.tensor([float(len(b.latents)) for b in buckets])
-    edits = torch.tensor([b.condition.sources_PMC is not None for b in buckets])
-    if not edits.any() or edits.all():
-        return counts
-    counts[edits] *= edit_share / counts[edits].sum()
-    counts[~edits] *= (1 - edit_share) / counts[~edits].sum()
-    return counts
-
-
-def draw_batch(config: Config, buckets: list[Bucket], step: int) -> Batch:
-    """Batch number `step`: one bucket, `batch` of its examples, `copies` noise levels each."""
-    rows = noise.generator(config.seed, 13, step)
-    shares = _shares(buckets, config.edit_share)
-    bucket = buckets[int(torch.multinomial(shares, 1, generator=rows))]
-    index = torch.randint(len(bucket.latents), (config.batch,), generator=rows)
-    dropped = float(torch.rand(1, generator=rows)) < config.dropout
-    latents = bucket.latents[index].repeat_interleave(config.copies, dim=0)
-    u = torch.randn(len(latents), generator=rows).sigmoid()
-    odds = math.exp(config.shift)
-    return Batch(
-        latents=latents,
-        condition=take(bucket.empty if dropped else bucket.condition, index),
-        noise=torch.randn(latents.shape, generator=rows),
-        sigma=odds * u / (1 + (odds - 1) * u),
-    )
-
-
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Consecutive examples in equal parts, each with all its copies. Raises ConfigError if they do
-    not divide.
-    """
-    rows = equal_parts(torch.arange(len(batch.condition.embeds_PLD)), parts)
-    tensors = (equal_parts(t, parts) for t in (batch.latents, batch.noise, batch.sigma))
-    return [
-        Batch(latents=latents, condition=take(batch.condition, index), noise=eps, sigma=sigma)
-        for index, latents, eps, sigma in zip(rows, *tensors, strict=True)
-    ]
-
-
-def flow_matching(policy: QwenImage21Policy, batch: Batch, size: tuple[int, int]) -> Tensor:
-    """Mean squared error of v(x_sigma) against eps - x0."""
-    sigma = batch.sigma[:, None, None]
-    x = (1 - sigma) * batch.latents + sigma * batch.noise
-    prefix = policy.prefix(batch.condition)
-    v = policy.velocity(x, batch.sigma, batch.condition, size=size, prefix=prefix)
-    return (v - (batch.noise - batch.latents)).pow(2).mean()
-
-
-@contextmanager
-def mixed_precision(policy: QwenImage21Policy, precision: str) -> Iterator[None]:
-    """Forward passes with products in `precision`. bfloat16 on a CPU takes attention apart: the
-    fused backward is ten times slower there than in float32 (16 target and 24 text tokens).
-    """
-    kind, half = policy.device.type, precision == "bfloat16"
-    apart = attention_backend("_native_math") if half and kind == "cpu" else nullcontext()
-    with apart, torch.autocast(kind, torch.bfloat16, enabled=half):
-        yield
-
-
-def _policy(config: Config) -> QwenImage21Policy:
+def _policy(config: Config, device: str) -> QwenImage21Policy:
     """The policy to train: `start`, or a new transformer between the trained parts."""
     how = PolicyConfig(
-        model=config.start or "", train=config.train, checkpointing=config.checkpointing
+        model=config.start or "",
+        train=config.train,
+        device=device,
+        checkpointing=config.checkpointing,
     )
     if config.start:
         return load_policy(how)
-    condition = Path(str(config.condition))
-    pipeline = tiny.assemble(
-        load_autoencoder(str(config.vae)),
-        Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder"),
-        Qwen3VLProcessor.from_pretrained(condition / "processor"),
-        tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
+    condition, net = Path(str(config.condition)), config.network
+    vae = load_autoencoder(str(config.vae))
+    encoder = Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder")
+    transformer = tiny.make_transformer(
+        net.layers,
+        net.heads,
+        net.head_dim,
+        context=encoder.config.text_config.hidden_size,
+        latents=len(vae.config.latents_mean),
+        axes=net.axes,
     )
-    return QwenImage21Policy(pipeline, how)
+    processor = Qwen3VLProcessor.from_pretrained(condition / "processor")
+    return QwenImage21Policy(tiny.assemble(vae, encoder, processor, transformer), how)
+
+
+class Trainer:
+    """The parts of a transformer run, from a configuration."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks, self.spans = config, ranks, config.spans()
+        self.policy = policy = _policy(config, ranks.device)
+        ladder, seed = config.ladder, config.seed + 3
+        self.draws = Draws(self.spans, ladder, config.examples, seed, token_counts(policy))
+        self.draws.check()
+        noising = Noising(
+            seed=config.seed, copies=config.copies, dropout=config.dropout, shift=config.shift
+        )
+        self.batches = Batches(self.draws, Encoder(policy, config.cache), noising)
+        self.learner = Learner(
+            policy.slots.parameters,
+            config.learner,
+            ranks,
+            policy.transformer,
+            factor=lambda step: span_at(self.spans, step).rate,
+        )
+        policy.slots.parameters.update(self.learner.parameters)
+
+    def ahead(self) -> Ahead[Batch]:
+        """This rank's batches, made a step ahead."""
+        pace = self.config.pace
+        later = upcoming(self.draws, self.ranks, pace.micro_batches, pace.steps)
+        return Ahead(self.batches, later, self.config.threads)
+
+    def loss(self, batch: Batch) -> Tensor:
+        with mixed_precision(self.policy, self.config.precision):
+            return flow_matching(self.policy, batch)
 
 
 def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
-    size = (config.size, config.size)
-    policy = _policy(config)
-    examples = mixture(
-        config.examples, config.seed + 3, weights=config.mixture, captions=config.captions
-    )
-    buckets = make_buckets(policy, examples, config.size, least=config.batch)
-    shown = mixture(16, config.seed + 4, "heldout")
+    trainer = Trainer(config, ranks)
+    policy, learner = trainer.policy, trainer.learner
+    held = Held(trainer.draws, trainer.batches)
+    with trainer.ahead() as ahead:
+        traffic = Traffic(ahead, trainer.batches.encoder)
 
-    def preview(step: int, average: Average | None) -> dict[str, float]:
-        if average is not None:
-            policy.slots.load("ema", average.tensors)
-        slot = "ema" if average is not None else "train"
-        sampler = Sampler(steps=20, guidance=2.0, height=size[0], width=size[1])
-        rows = []
-        for i, one in enumerate(shown):
-            picture = one.source_picture(config.size)
-            sources = () if picture is None else (picture,)
-            rows.append(
-                sample(
-                    policy, sampler, one.caption, sources=sources, seeds=(i, i + 1000), slot=slot
-                ).pixels
-            )
-        images.contact_sheet(list(torch.cat(rows).numpy()), columns=8).save(
-            home.samples / f"step_{step:06d}.png"
+        def objective(draw: Draw) -> tuple[Tensor, dict[str, float]]:
+            batch = ahead.get(draw)
+            traffic.enter(batch)
+            return trainer.loss(batch), {}
+
+        def preview(step: int, average: Average | None) -> dict[str, float]:
+            traffic.pause()
+            if average is not None:
+                policy.slots.load("ema", average.tensors)
+            slot = "ema" if average is not None else "train"
+            if config.shown:
+                _sheet(config, policy, slot, home.samples / f"step_{step:06d}.png")
+            return held.figures(span_at(trainer.spans, step), slot)
+
+        average = train(
+            home,
+            learner,
+            trainer.draws,
+            objective,
+            config.pace,
+            preview=preview,
+            split=split_draw,
+            figures=traffic.figures,
         )
-        return {}
-
-    def objective(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with mixed_precision(policy, config.precision):
-            return flow_matching(policy, batch, size), {}
-
-    learner = Learner(policy.slots.parameters, config.learner, ranks, policy.transformer)
-    policy.slots.parameters.update(learner.parameters)
-    average = train(
-        home,
-        learner,
-        lambda step: draw_batch(config, buckets, step),
-        objective,
-        config.pace,
-        preview=preview,
-        split=split_batch,
-    )
     with learner.gathered() as weights, torch.no_grad():
         if not ranks.is_first:
             return {}
         if average is not None:
             average.copy_to(weights)
-        losses = [
-            float(flow_matching(policy, draw_batch(config, buckets, 10_000_000 + i), size))
-            for i in range(16)
-        ]
+        figures = held.figures(trainer.spans[-1], "train") | traffic.totals()
         if config.train == "lora":
             policy.export(str(home.root / "lora"), {n: p.detach() for n, p in weights.items()})
         else:
             dtype = getattr(torch, config.save_dtype)
             policy.pipeline.to(dtype=dtype).save_pretrained(home.root / "model")
-    metrics = {"loss/flow": {"value": float(np.mean(losses)), "n": len(losses)}}
+    metrics = {name: {"value": value} for name, value in figures.items()}
     return home.write_result(time.monotonic() - began, metrics)
+
+
+def _sheet(config: Config, policy: QwenImage21Policy, slot: str, path: Path) -> None:
+    """Pictures of held-out prompts, two seeds each."""
+    sampler = Sampler(steps=20, guidance=2.0, height=config.size, width=config.size)
+    rows = []
+    for i, one in enumerate(mixture(config.shown, config.seed + 4, "heldout")):
+        picture = one.source_picture(config.size)
+        sources = () if picture is None else (picture,)
+        made = sample(policy, sampler, one.caption, sources=sources, seeds=(i, i + 1000), slot=slot)
+        rows.append(made.pixels)
+    images.contact_sheet(list(torch.cat(rows).numpy()), columns=8).save(path)

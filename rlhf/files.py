@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,9 +84,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
-def sweep(folder: Path) -> int:
-    """Remove what killed writers left in `folder`; return how many entries went."""
-    leftovers = [p for p in folder.glob(".*.tmp-*")] if folder.is_dir() else []
+def sweep(folder: Path, older_than_s: float = 0.0) -> int:
+    """Remove what killed writers left in `folder`, of that age in seconds; return how many entries
+    went. With an age it can be called beside others that write there.
+    """
+    found = list(folder.glob(".*.tmp-*")) if folder.is_dir() else []
+    latest = time.time() - older_than_s
+    leftovers = [p for p in found if not older_than_s or p.stat().st_mtime < latest]
     for item in leftovers:
         if item.is_dir():
             shutil.rmtree(item, ignore_errors=True)

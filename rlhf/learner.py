@@ -71,9 +71,9 @@ class StepOutcome:
 class Learner:
     """Parameters by name, AdamW, clipping, accumulation, a rate schedule, and exact state.
 
-    With several ranks every method but `rate` is a collective: all of them call it. `module`, of
-    which the parameters are all weights, is needed to shard; its weights and `parameters` are then
-    other objects than before.
+    `factor` multiplies the rate of a step, counted from 1. With several ranks every method but
+    `rate` is a collective: all of them call it. `module`, of which the parameters are all weights,
+    is needed to shard; its weights and `parameters` are then other objects than before.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class Learner:
         config: LearnerConfig,
         ranks: Ranks = ALONE,
         module: torch.nn.Module | None = None,
+        factor: Callable[[int], float] | None = None,
     ) -> None:
         if not parameters:
             raise ConfigError(
                 "expected at least one trainable parameter, got none: unfreeze a module"
             )
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.factor = config, ranks, factor
         self._parallel = wrap(dict(sorted(parameters.items())), config.parallel, ranks, module)
         self.parameters = self._parallel.parameters
         self.steps = 0
@@ -106,7 +107,7 @@ class Learner:
         if c.total_steps:
             done = min(1.0, step / c.total_steps)
             rate *= 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * done))
-        return rate
+        return rate * self.factor(step + 1) if self.factor else rate
 
     def step(self, micro_batches: Iterable[Batch], objective: Objective) -> StepOutcome:
         """One optimiser step over the sum of the micro-batches' losses.

@@ -108,20 +108,21 @@ def train(
     *,
     preview: Preview | None = None,
     split: Callable[[Any, int], Sequence[Any]] = equal_parts,
+    figures: Callable[[], Mapping[str, float]] = dict,
 ) -> Average | None:
     """Train from the last checkpoint of `run` (or from now) to `pace.steps`; returns the average.
 
     The objective is a mean over the batch; `split` cuts a batch into `pace.micro_batches` equal
     parts, each weighted by its share. `preview(step, average)` is called on the first rank before
     each checkpoint, with whole weights in place: it may draw pictures and returns figures for the
-    row. Checkpoints hold weights, their average, the optimiser and the step. The average that is
-    returned is whole on the first rank and empty on others.
+    row. `figures()` are added to every row. Checkpoints hold weights, their average, the optimiser
+    and the step. The average that is returned is whole on the first rank and empty on others.
 
     Raises:
         Interrupted: SIGTERM reached a rank; a checkpoint was written.
         ClusterError: another rank was lost.
     """
-    book = _Book(run, learner, pace, preview)
+    book = _Book(run, learner, pace, preview, figures)
     first = book.restore()
     parts = pace.micro_batches
 
@@ -162,6 +163,7 @@ class _Book:
     learner: Learner
     pace: Pace
     preview: Preview | None
+    figures: Callable[[], Mapping[str, float]]
     losses: list[float] = field(default_factory=list)  # since the last row
     since: float = field(default_factory=time.monotonic)
     log: MetricsLog | None = None
@@ -212,7 +214,7 @@ class _Book:
         row = {"loss": sum(self.losses) / count, "grad_norm": outcome.grad_norm}
         row |= {"lr": self.learner.rate(), "seconds/step": (time.monotonic() - self.since) / count}
         self.losses, self.since = [], time.monotonic()
-        return row | outcome.metrics
+        return row | outcome.metrics | dict(self.figures())
 
     def _previewed(self, step: int, preview: Preview) -> dict[str, float]:
         average = self.average.whole(self.learner) if self.average is not None else None

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.data.records import Encoded
-from rewards import images
-from rewards.images import Picture
 from rlhf.errors import ConfigError
 from rlhf.policies.qwen_image21 import CELL_PX, tokens_of
 
@@ -28,12 +25,13 @@ Size = tuple[int, int]  # height, width in pixels
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
     """`resolutions` in pixels of the side of a square; `aspects` are width over height; `budget` is
-    the most latent tokens of a batch, of 16x16 px each.
+    the most latent tokens of a batch, of 16x16 px each, and a batch a `multiple` of so many.
     """
 
     resolutions: tuple[int, ...] = (256,)
     aspects: tuple[float, ...] = (0.5, 2 / 3, 0.75, 1.0, 4 / 3, 1.5, 2.0)
     budget: int = 8192
+    multiple: int = 1
 
     def check(self) -> None:
         if not self.resolutions or not self.aspects or min(self.aspects) <= 0:
@@ -46,10 +44,11 @@ class Ladder:
                 f"buckets.resolutions: expected at least {CELL_PX}, got {min(self.resolutions)}"
             )
         largest = max(tokens_of(size) for rung in self.rungs() for size in rung)
-        if self.budget < largest:
+        if self.budget < largest * self.multiple:
             raise ConfigError(
-                f"buckets.budget: expected room for one picture of {largest} tokens, got"
-                f" {self.budget}: write a multiple of it"
+                f"expected a batch with room for {self.multiple} pictures of {largest} latent"
+                f" tokens, got {self.budget} tokens: raise the batch, or lower the resolutions or"
+                " pace.micro_batches"
             )
 
     def rungs(self) -> list[list[Size]]:
@@ -63,15 +62,19 @@ class Ladder:
         """The bucket of a picture of (height, width)."""
         chosen: Size | None = None
         for rung in self.rungs():
-            nearest = min(rung, key=lambda b: (abs(_log_aspect(b) - _log_aspect(size)), b))
+            nearest = self.nearest(rung, size)
             if chosen is None or (nearest[0] <= size[0] and nearest[1] <= size[1]):
                 chosen = nearest
         assert chosen is not None
         return chosen
 
+    def nearest(self, rung: Sequence[Size], size: Size) -> Size:
+        """The bucket of a rung whose aspect is nearest to that of (height, width)."""
+        return min(rung, key=lambda b: (abs(_log_aspect(b) - _log_aspect(size)), b))
+
     def batch_size(self, bucket: Size) -> int:
         """Pictures of a full batch."""
-        return self.budget // tokens_of(bucket)
+        return self.budget // (tokens_of(bucket) * self.multiple) * self.multiple
 
 
 def _size(resolution: int, aspect: float) -> Size:
@@ -96,17 +99,27 @@ class BucketBatch:
 class Buckets:
     """The batches of all steps, as a function of (seed, step): nothing needs to be stored.
 
-    An epoch takes every example once. Its order of examples within buckets, and of batches, is a
-    permutation keyed by the epoch; the last batch of a bucket may be smaller than the others.
+    An epoch takes every example; its order is a permutation keyed by the epoch. Examples of one
+    `layout` (a number each, such as the length of the caption) come together. Batches are full: the
+    last of a bucket takes its first examples a second time.
     """
 
-    def __init__(self, sizes: Sequence[Size], ladder: Ladder, seed: int = 0) -> None:
-        if not sizes:
+    def __init__(
+        self,
+        sizes: Sequence[Size],
+        ladder: Ladder,
+        seed: int = 0,
+        layouts: Sequence[int] | None = None,
+        index: Sequence[int] | None = None,
+    ) -> None:
+        chosen = range(len(sizes)) if index is None else index
+        if not len(chosen):
             raise ConfigError("buckets: expected at least one picture, got none")
         members: dict[Size, list[int]] = defaultdict(list)
-        for index, size in enumerate(sizes):
-            members[ladder.bucket_of(size)].append(index)
+        for i in chosen:
+            members[ladder.bucket_of(sizes[i])].append(int(i))
         self.ladder, self.seed = ladder, seed
+        self.layouts = np.zeros(len(sizes), int) if layouts is None else np.asarray(layouts)
         self.members = {size: np.array(members[size]) for size in sorted(members)}
         self.steps_per_epoch = sum(
             -(-len(index) // ladder.batch_size(size)) for size, index in self.members.items()
@@ -126,17 +139,12 @@ class Buckets:
         out = []
         for size, index in self.members.items():
             order = np.random.default_rng([41, self.seed, epoch, *size]).permutation(index)
+            order = order[np.argsort(self.layouts[order], kind="stable")]
             full = self.ladder.batch_size(size)
+            order = np.resize(order, -(-len(order) // full) * full)  # repeats from its start
             out += [
                 BucketBatch(size=size, index=tuple(map(int, order[i : i + full])))
                 for i in range(0, len(order), full)
             ]
         order = np.random.default_rng([42, self.seed, epoch]).permutation(len(out))
         return [out[i] for i in order]
-
-
-def cut(picture: Encoded, size: Size) -> Picture:
-    """A picture as its bucket wants it: upright, scaled to cover, cropped in the middle; uint8 RGB
-    (3, H, W). Raises ImageError if it does not decode.
-    """
-    return images.crop_to(picture.pil, size)

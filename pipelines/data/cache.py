@@ -1,4 +1,4 @@
-"""What a frozen encoder said, kept on disk: latents of pictures, conditions of captions.
+"""What frozen encoders said of pictures and captions, kept on disk or in memory.
 
     <folder>/<encoder>/<digest>.safetensors    some hundred values each, written once and renamed
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipelines.data.scenes import rgba
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write_bytes, sweep
-from rlhf.policies.base import Condition
-from rlhf.policies.qwen_image21 import LATENT_PX, QwenImage21Policy
 from rlhf.weights import checksum
 
 Value = Mapping[str, Tensor]
+Compute = Callable[[list[int]], Sequence[Value | None]]
+
+_ABANDONED_S = 3600.0  # no write takes as long
 
 
 def content(*parts: str | bytes | np.ndarray) -> str:
@@ -68,6 +69,7 @@ class TensorCache:
     def __init__(self, folder: Path | str, encoder: str, per_file: int = 256) -> None:
         self.folder, self.per_file = Path(folder) / encoder, per_file
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder, older_than_s=_ABANDONED_S)
         self.traffic = Traffic()
         self._places: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -83,11 +85,10 @@ class TensorCache:
             return
         self._places |= {name.partition("/")[0]: path for name in names}
 
-    def fetch(
-        self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Value]]
-    ) -> list[dict[str, Tensor]]:
+    def fetch(self, keys: Sequence[str], compute: Compute) -> list[Value | None]:
         """The values of keys, in order. `compute` gets the positions of those that are not here and
-        returns theirs; a key that occurs twice is computed once.
+        returns theirs, None for what has none and is not kept; a key that occurs twice is computed
+        once.
 
         Raises:
             CheckpointError: `compute` returned another number of values.
@@ -105,11 +106,13 @@ class TensorCache:
             new = {
                 k: {n: t.detach().cpu() for n, t in v.items()}
                 for k, v in zip(part, made, strict=True)
+                if v is not None
             }
-            self._write(new)
+            if new:
+                self._write(new)
             values |= new
-            self.traffic.computed += len(part)
-        return [dict(values[key] or {}) for key in keys]
+            self.traffic.computed += len(new)
+        return [values[key] for key in keys]
 
     def _read(self, key: str) -> Value | None:
         """An entry, or None if it is absent or damaged."""
@@ -135,7 +138,6 @@ class TensorCache:
         self._places = {key: place for key, place in self._places.items() if place != path}
 
     def _write(self, values: Mapping[str, Value]) -> None:
-        sweep(self.folder)
         flat = {f"{k}/{n}": t.contiguous() for k, v in values.items() for n, t in v.items()}
         sums = {name: _crc(tensor) for name, tensor in flat.items()}
         path = self.folder / f"{content(*sorted(flat))}.safetensors"
@@ -148,84 +150,22 @@ def _crc(tensor: Tensor) -> str:
     return f"{zlib.crc32(data.tobytes()):08x}"
 
 
-# --- the two caches of a policy -------------------------------------------------------------------
+class MemoryCache:
+    """The same in this process alone; the oldest of more than `most` values are dropped."""
 
+    def __init__(self, most: int = 65536) -> None:
+        self.most, self.traffic = most, Traffic()
+        self._values: OrderedDict[str, Value] = OrderedDict()
 
-def latent_cache(policy: QwenImage21Policy, folder: Path | str) -> TensorCache:
-    """The cache of this policy's autoencoder."""
-    vae = policy.pipeline.vae
-    settings = {"of": "latents", "dtype": str(policy.dtype), "config": dict(vae.config)}
-    return TensorCache(folder, encoder_hash({"vae": vae}, settings))
-
-
-@torch.no_grad()
-def latents(
-    policy: QwenImage21Policy, pictures: Sequence[np.ndarray], cache: TensorCache
-) -> list[Tensor]:
-    """Normalised packed latents (N, C) of uint8 RGB (3, H, W) pictures, H and W multiples of 32."""
-
-    def compute(index: list[int]) -> list[Value]:
-        return [{"latent": _encode(policy, pictures[i])} for i in index]
-
-    found = cache.fetch([content(p) for p in pictures], compute)
-    return [value["latent"] for value in found]
-
-
-def _encode(policy: QwenImage21Policy, picture: np.ndarray) -> Tensor:
-    policy.latent_shape((picture.shape[1], picture.shape[2]))
-    rows = rgba(picture[None]).to(policy.device, policy.dtype)
-    coded = policy.pipeline.vae.encode(rows.unsqueeze(2))
-    return policy.pack(coded.latent_dist.mode()[:, :, 0])[0]  # type: ignore[union-attr]
-
-
-def condition_cache(policy: QwenImage21Policy, folder: Path | str) -> TensorCache:
-    """The cache of this policy's condition encoder, and of its autoencoder for source pictures."""
-    pipeline = policy.pipeline
-    modules = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
-    processor = pipeline.processor
-    settings = {
-        "of": "conditions",
-        "dtype": str(policy.dtype),
-        "vae": dict(pipeline.vae.config),
-        "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
-        "pictures": processor.image_processor.to_dict(),
-    }
-    return TensorCache(folder, encoder_hash(modules, settings))
-
-
-@torch.no_grad()
-def conditions(
-    policy: QwenImage21Policy,
-    captions: Sequence[str],
-    sources: Sequence[Sequence[np.ndarray]],
-    cache: TensorCache,
-) -> list[Condition]:
-    """One condition per caption and its source pictures (uint8 RGB (3, H, W), none for a plain
-    prompt), each of its own exact length.
-    """
-
-    def compute(index: list[int]) -> list[Value]:
-        made = (policy.encode_variants([captions[i]], sources[i])[0] for i in index)
-        return [_tensors(one) for one in made]
-
-    keys = [content(text, *given) for text, given in zip(captions, sources, strict=True)]
-    return [
-        _condition(value, given)
-        for value, given in zip(cache.fetch(keys, compute), sources, strict=True)
-    ]
-
-
-def _tensors(condition: Condition) -> Value:
-    out = {"embeds": condition.embeds_PLD, "slots": condition.image_slots_L}
-    return out | ({} if condition.sources_PMC is None else {"sources": condition.sources_PMC})
-
-
-def _condition(value: Value, sources: Sequence[np.ndarray]) -> Condition:
-    return Condition(
-        embeds_PLD=value["embeds"],
-        image_slots_L=value["slots"],
-        sources_PMC=value.get("sources"),
-        source_shapes=tuple(
-            (1, one.shape[1] // LATENT_PX, one.shape[2] // LATENT_PX) for one in sources
-        ),
-    )
+    def fetch(self, keys: Sequence[str], compute: Compute) -> list[Value | None]:
+        """See `TensorCache.fetch`."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
+        made = compute([keys.index(key) for key in missing])
+        new = {k: v for k, v in zip(missing, made, strict=True) if v is not None}
+        self.traffic.found += len(set(keys)) - len(missing)
+        self.traffic.computed += len(new)
+        found = [new[key] if key in new else self._values.get(key) for key in keys]
+        self._values |= new
+        while len(self._values) > self.most:
+            self._values.popitem(last=False)
+        return found

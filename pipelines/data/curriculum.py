@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
+from rewards.scenes.render import LARGEST
 from rewards.scenes.world import Split
 from rlhf import noise
 from rlhf.errors import ConfigError
 
-LARGEST = 256  # side of a rendered scene, px
 HELD_EVERY = 50  # of the files of a folder, in the order of their paths
 _DRAW = 15
 

@@ -136,8 +136,11 @@ def _encoded(value: Any, root: Path | None) -> Encoded:
         raise ImageError("no picture file") from error
 
 
+_OURS = ("height", "width", "n_sources", "columns", "scores")  # written anew with a record
+
+
 def _free(row: Mapping[str, Any], names: Columns) -> dict[str, Any]:
-    known = {names.image, names.caption, names.id, names.kind, names.sources, "columns", "scores"}
+    known = {names.image, names.caption, names.id, names.kind, names.sources, *_OURS}
     free = {key: value for key, value in row.items() if key not in known}
     packed = row.get("columns")
     if isinstance(packed, str):
@@ -161,14 +164,17 @@ def schema() -> pa.Schema:
     """Columns of a written set, with what `datasets` needs to show pictures as pictures."""
     from datasets import Features, Image, List, Value
 
-    text = Value("string")
+    text, number = Value("string"), Value("int32")
     return Features(
         {
             "id": text,
             "image": Image(),
+            "height": number,  # of the picture, upright
+            "width": number,
             "text": text,
             "kind": text,
             "sources": List(Image()),
+            "n_sources": number,
             "columns": text,  # the free columns as one JSON object
             "scores": text,  # operator name -> score, as one JSON object
         }
@@ -177,12 +183,16 @@ def schema() -> pa.Schema:
 
 def row_of(record: Record, scores: Mapping[str, float]) -> dict[str, Any]:
     """A row of `schema`; pictures keep the bytes of their files."""
+    height, width = record.picture.size
     return {
         "id": record.id,
         "image": {"bytes": record.picture.data, "path": None},
+        "height": height,
+        "width": width,
         "text": record.caption,
         "kind": record.kind,
         "sources": [{"bytes": one.data, "path": None} for one in record.sources],
+        "n_sources": len(record.sources),
         "columns": json.dumps(dict(record.columns), ensure_ascii=False, sort_keys=True),
         "scores": json.dumps(dict(scores), sort_keys=True),
     }

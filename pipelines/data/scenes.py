@@ -64,6 +64,15 @@ def check_shares(captions: Mapping[str, float]) -> None:
         )
 
 
+def check_mixture(weights: Mapping[str, float]) -> None:
+    """Raise ConfigError unless these are shares of known kinds of examples."""
+    kinds, shares = set(MIXTURE), weights.values()
+    if not set(weights) <= kinds or min(shares, default=0) < 0 or sum(shares) <= 0:
+        raise ConfigError(
+            f"mixture: expected shares >= 0 of {', '.join(sorted(kinds))}, got {dict(weights)}"
+        )
+
+
 def example(
     kind: str, seed: int, split: Split = "train", captions: Mapping[str, float] | None = None
 ) -> Example:

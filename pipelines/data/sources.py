@@ -222,6 +222,17 @@ def _load(what: str, builder: str | None, **options: Any) -> Any:
         raise DataError(f"cannot open '{what}': {type(error).__name__}: {error}") from error
 
 
+def open_parquet(folder: Path) -> Any:
+    """The rows of all parquet files below a folder, by number, pictures as bytes. Raises DataError.
+
+    `datasets` keeps its own memory-mapped copy in its cache (HF_DATASETS_CACHE).
+    """
+    files = sorted(str(path) for path in folder.rglob("*.parquet"))
+    if not files:
+        raise DataError(f"expected parquet files below '{folder}', got none: run `rlhf data`")
+    return _load(str(folder), "parquet", data_files=files, split="train")
+
+
 def _undecoded(data: Any) -> Any:
     from datasets import Image, List
 

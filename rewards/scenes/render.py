@@ -46,10 +46,15 @@ GLYPHS = {
 }
 
 
+SMALLEST, LARGEST = 64, 256  # sides in px
+
+
 def check_size(size: int) -> None:
     """Raise ValueError unless `size` is a multiple of 32 from 64 to 256."""
-    if size % 32 or not 64 <= size <= 256:
-        raise ValueError(f"expected a size from 64 to 256 that is a multiple of 32, got {size}")
+    if size % 32 or not SMALLEST <= size <= LARGEST:
+        raise ValueError(
+            f"expected a size from {SMALLEST} to {LARGEST} that is a multiple of 32, got {size}"
+        )
 
 
 def _grid(pixels: int) -> tuple[np.ndarray, np.ndarray]:

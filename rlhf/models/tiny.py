@@ -132,10 +132,15 @@ def make_text_encoder(
 
 
 def make_transformer(
-    layers: int = 6, heads: int = 4, head_dim: int = 64, context: int = 128, latents: int = 64
+    layers: int = 6,
+    heads: int = 4,
+    head_dim: int = 64,
+    context: int = 128,
+    latents: int = 64,
+    axes: tuple[int, int, int] | None = None,
 ) -> QwenImage21Transformer2DModel:
-    """A `QwenImage21Transformer2DModel` of width heads * head_dim; a quarter of each head is the
-    frame axis.
+    """A `QwenImage21Transformer2DModel` of width heads * head_dim; of each head a quarter is the
+    frame axis, unless `axes` says how it is divided.
     """
     side = 3 * head_dim // 8
     return QwenImage21Transformer2DModel(
@@ -146,7 +151,7 @@ def make_transformer(
         num_attention_heads=heads,
         context_in_dim=context,
         mlp_ratio=3,
-        axes_dims_rope=(head_dim - 2 * side, side, side),
+        axes_dims_rope=axes or (head_dim - 2 * side, side, side),
     )
 
 

@@ -8,8 +8,10 @@ from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
 from safetensors.torch import load_file
 
 from pipelines import pretrain, vae
+from pipelines.data.loader import Batches, Draws, Encoder, Noising, token_counts
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rlhf.errors import ConfigError
+from rlhf.flow import flow_matching, mixed_precision
 from rlhf.learner import LearnerConfig
 from rlhf.models import autoencoder as ae
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
@@ -40,6 +42,7 @@ def config(parts):
     return pretrain.Config(
         **where,
         examples=120,
+        shown=1,
         batch=4,
         copies=2,
         network=pretrain.Network(layers=1, heads=2, head_dim=32),
@@ -85,14 +88,14 @@ def test_training_everything_from_the_linear_start_only_improves():
 def test_a_killed_transformer_run_ends_as_an_unkilled_one(config, monkeypatch):
     pretrain.run(replace(config, name="whole"))
 
-    draw = pretrain.draw_batch
+    make = pretrain.Batches.__call__
 
-    def dying(config, buckets, step):
-        if step == 4:
+    def dying(self, draw):
+        if draw.step == 4:
             raise Killed
-        return draw(config, buckets, step)
+        return make(self, draw)
 
-    monkeypatch.setattr(pretrain, "draw_batch", dying)
+    monkeypatch.setattr(pretrain.Batches, "__call__", dying)
     with pytest.raises(Killed):
         pretrain.run(replace(config, name="killed"))
     monkeypatch.undo()
@@ -111,7 +114,7 @@ def test_a_killed_transformer_run_ends_as_an_unkilled_one(config, monkeypatch):
 
 def test_the_result_is_a_stock_pipeline(config):
     result = pretrain.run(replace(config, name="stock", precision="bfloat16"))
-    assert result["metrics"]["loss/flow"]["value"] < 3
+    assert result["metrics"]["heldout/flow"]["value"] < 3
     pipeline = QwenImage21Pipeline.from_pretrained(
         f"{config.runs}/stock/model", dtype=torch.float32
     )
@@ -123,12 +126,13 @@ def test_the_result_is_a_stock_pipeline(config):
 
 def test_bf16_products_agree_with_float32(tiny_base, config):
     policy = load_policy(PolicyConfig(model=str(tiny_base), train="full"))
-    buckets = pretrain.make_buckets(policy, mixture(80, 5), 64, least=4)
-    batch = pretrain.draw_batch(config, buckets, 1)
+    draws = Draws(config.spans(), config.ladder, 80, 5, token_counts(policy))
+    noising = Noising(seed=0, copies=2, dropout=0.1, shift=None)
+    batch = Batches(draws, Encoder(policy, None), noising)(draws(1))
     losses = []
     for precision in ("float32", "bfloat16"):
-        with pretrain.mixed_precision(policy, precision):
-            losses.append(pretrain.flow_matching(policy, batch, (64, 64)).item())
+        with mixed_precision(policy, precision):
+            losses.append(flow_matching(policy, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
 
 

@@ -1,12 +1,12 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from pipelines.data import cache as caching
-from pipelines.data.cache import TensorCache, content, encoder_hash
+from pipelines.data.cache import MemoryCache, TensorCache, content, encoder_hash
 from rlhf.errors import CheckpointError
-from tests.rlhf.tiny import TEXTS, make_policy, picture
 
 
 def value(number):
@@ -95,29 +95,26 @@ def test_the_encoder_hash_follows_weights_and_settings():
     assert encoder_hash({"m": one}, {"size": 64}) != first
 
 
-def test_latents_and_conditions_come_back_as_they_were_made(tmp_path, tiny_base):
-    policy = make_policy(tiny_base)
-    shown = [picture(1, 64, 96), picture(2, 32, 32), picture(1, 64, 96)]
-    store = caching.latent_cache(policy, tmp_path)
-    first = caching.latents(policy, shown, store)
-    assert [t.shape for t in first] == [(24, 64), (4, 64), (24, 64)]
-    assert torch.equal(first[0], policy.encode("x", [shown[0]]).sources_PMC[0])
-    again = caching.latent_cache(policy, tmp_path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, caching.latents(policy, shown, again), strict=True)
-    )
-    assert (store.traffic.computed, again.traffic.computed, again.traffic.found) == (2, 0, 2)
+def test_what_cannot_be_computed_is_not_kept(tmp_path):
+    for cache in (TensorCache(tmp_path, "e"), MemoryCache()):
+        got = cache.fetch(["a", "b"], lambda index: [value(0) if i == 0 else None for i in index])
+        assert got[0] is not None and got[1] is None
+        again = cache.fetch(["b", "a"], lambda index: [value(7) for _ in index])
+        assert again[0]["b"] == 7 and again[1]["b"] == 0
+        assert (cache.traffic.computed, cache.traffic.found) == (2, 1)
 
-    sources = [[], [shown[1]], []]
-    fresh = caching.condition_cache(policy, tmp_path)
-    made = caching.conditions(policy, TEXTS[:3], sources, fresh)
-    full = caching.condition_cache(policy, tmp_path)
-    found = caching.conditions(policy, TEXTS[:3], sources, full)
-    assert fresh.folder != store.folder
-    assert (fresh.traffic.computed, full.traffic.computed, full.traffic.found) == (3, 0, 3)
-    for text, given, a, b in zip(TEXTS, sources, made, found, strict=False):
-        want = policy.encode(text, given)
-        assert a.layout == b.layout == want.layout
-        assert torch.equal(b.embeds_PLD, want.embeds_PLD)
-        assert torch.equal(b.image_slots_L, want.image_slots_L)
-        assert (b.sources_PMC is None) == (not given)
+
+def test_memory_keeps_the_newest():
+    cache = MemoryCache(most=2)
+    assert [fill(cache, [n]) for n in (0, 1, 2, 1, 0)] == [[0], [1], [2], [], [0]]
+
+
+def test_an_unfinished_file_is_left_to_its_writer(tmp_path):
+    fill(TensorCache(tmp_path, "e"), [0])
+    mine = tmp_path / "e" / ".x.safetensors.tmp-1"
+    old = tmp_path / "e" / ".y.safetensors.tmp-2"
+    for path in (mine, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert fill(TensorCache(tmp_path, "e"), [0]) == []
+    assert mine.exists() and not old.exists()

@@ -9,6 +9,7 @@ from rewards.scenes.captions import CAPTIONS
 from rlhf import noise
 from rlhf.config import build
 from rlhf.errors import ConfigError
+from rlhf.flow import Batch, Part, flow_matching
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.sampling import Sampler, sample
 from tests.rlhf.tiny import make_policy, same, snapshot
@@ -60,12 +61,13 @@ def test_a_prompt_of_a_thousand_tokens_encodes_trains_and_draws(tiny_base):
     assert other.embeds_PLD.shape[1] > condition.embeds_PLD.shape[1]
 
     draw = noise.initial_noise(0, (1, 16, 64))
-    batch = pretrain.Batch(
+    part = Part(
         latents=torch.zeros(1, 16, 64), condition=condition, noise=draw, sigma=torch.tensor([0.6])
     )
+    batch = Batch(parts=(part,), size=(64, 64))
     before = snapshot(policy)
     learner = Learner(policy.slots.parameters, LearnerConfig(lr=1e-3))
-    outcome = learner.step([batch], lambda b: (pretrain.flow_matching(policy, b, (64, 64)), {}))
+    outcome = learner.step([batch], lambda b: (flow_matching(policy, b), {}))
     assert outcome.grad_norm > 0 and not outcome.skipped
     assert not same(before, snapshot(policy))
 
