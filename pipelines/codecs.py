@@ -10,18 +10,17 @@ frechet       between originals and reconstructions, in the space of `features`:
               of scenes: what the oracle reads right in the original, the share it still does; word
               and letter are the spelling of signs alone
 
-PCA has as many values per cell as the autoencoder it is named after, and is fitted to pictures that
-it is not read on. Means over pictures have 95% intervals. An autoencoder that spends more values per
-pixel than another should keep more: `values_per_pixel` stands beside every row.
+PCA (`pca64-f16`: 64 values for each patch of 16 px) has the size of an autoencoder in the table and
+is fitted to pictures that it is not read on. Means over pictures have 95% intervals. Who spends
+more values per pixel should keep more: `values_per_pixel` stands beside every row.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pipelines.data.picture_sets import Batch, Pictures, PictureSet, open_set
+from pipelines.data.picture_sets import Pictures, PictureSet, open_set
 from rewards import images
-from rewards.scenes import oracle
-from rewards.scenes.specs import Sign
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import atomic_write_text, json_text
 from rlhf.models.codec_losses import perceptual
-from rlhf.models.measures import frechet, ssim
+from rlhf.models.measures import ssim
 from rlhf.models.reconstruction import Codec, PatchStatistics, find_codec, open_codec, psnr
 from rlhf.models.vision import Vision, load_vision, lpips_weights, vgg_features
+from rlhf.round_trips import Metrics, Tally, figures, keep_reading, read
 from rlhf.run import Run, report
-from rlhf.stats import bootstrap_mean
 
 SHOWN = 8  # pictures of a sheet
 GAIN = 4  # of the differences in it
 NO_TRUTH = "not defined: nobody knows what these pictures say"
-Metrics = dict[str, dict[str, float | int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +167,10 @@ class Eyes:
     lpips: Callable[[Tensor, Tensor], Tensor] | None
     device: str
 
+    def pooled(self, rgb: Tensor) -> Tensor:
+        """A row of features for each picture."""
+        return self.vision.pooled(rgb.to(self.device)).cpu()
+
 
 def open_eyes(config: CodecConfig) -> Eyes:
     """Load the feature space, and LPIPS where its weights are given. Raises ConfigError."""
@@ -180,47 +180,6 @@ def open_eyes(config: CodecConfig) -> Eyes:
         weights = lpips_weights(config.calibration)
         lpips = lambda a, b: perceptual(maps(a), maps(b), weights)  # noqa: E731
     return Eyes(vision=vision, lpips=lpips, device=config.device)
-
-
-@dataclass(slots=True)
-class Tally:
-    """Of one autoencoder on one set: figures by picture, rows of features, pictures to show."""
-
-    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    features: list[Tensor] = field(default_factory=list)
-    shown: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, name: str, values: Iterable[float]) -> None:
-        self.values[name] += map(float, values)
-
-    def see(self, pictures: np.ndarray, eyes: Eyes) -> None:
-        """Keep the features of a batch, and its pictures while there is room on the sheet."""
-        self.features.append(eyes.vision.pooled(images.to_float(pictures).to(eyes.device)).cpu())
-        self.shown += list(pictures[: SHOWN - len(self.shown)])
-
-
-def read(batch: Batch, pictures: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Whether the oracle reads each picture right, and each letter of the signs, by index."""
-    assert batch.specs is not None
-    strict = np.array([r.strict for r in oracle.fidelity_batch(pictures, batch.specs)])
-    signs = {i: spec for i, spec in enumerate(batch.specs) if isinstance(spec, Sign)}
-    if not signs:
-        return strict, {}
-    letters = oracle.spelling(pictures[list(signs)], list(signs.values()))
-    return strict, dict(zip(signs, letters, strict=True))
-
-
-def keep_reading(tally: Tally, batch: Batch, first: Any, then: Any) -> None:
-    """Of what was right in the originals (`first`), whether it still is: three paired ratios."""
-    for kind, before, after in zip(batch.kinds, first[0], then[0], strict=True):
-        if before:
-            tally.add(f"{kind}/strict_ratio", [after])
-    for index, before in first[1].items():
-        after = then[1][index]
-        if before.all():
-            tally.add("text/word_ratio", [after.all()])
-        if before.any():
-            tally.add("text/letter_ratio", [after[before].mean()])
 
 
 @torch.no_grad()
@@ -235,8 +194,8 @@ def measure(
     out = {name: Tally() for name in ("", *(coder.name for coder in coders))}
     for batch in pictures.batches(rows, multiple):
         before = images.to_float(batch.pictures)
-        out[""].see(batch.pictures, eyes)
-        first = read(batch, batch.pictures) if batch.specs else None
+        out[""].see(batch.pictures, eyes.pooled(before), SHOWN)
+        first = read(batch.specs, batch.pictures) if batch.specs else None
         for coder in coders:
             tally, made = out[coder.name], images.to_uint8(coder.again(before, batch.halves))
             again = images.to_float(made)
@@ -244,22 +203,9 @@ def measure(
             tally.add("ssim", ssim(again, before))
             if eyes.lpips:
                 tally.add("lpips", eyes.lpips(again.to(eyes.device), before.to(eyes.device)))
-            if first:
-                keep_reading(tally, batch, first, read(batch, made.numpy()))
-            tally.see(made.numpy(), eyes)
-    return out
-
-
-def figures(name: str, tallies: Mapping[str, Tally]) -> Metrics:
-    """`recon/<set>/<autoencoder>/<figure>` of a set called `name`."""
-    out: Metrics = {}
-    seen = torch.cat(tallies[""].features)
-    for coder, tally in tallies.items():
-        if coder:
-            for key, values in tally.values.items():
-                out[f"recon/{name}/{coder}/{key}"] = bootstrap_mean(values).as_metric()
-            distance = frechet(seen, torch.cat(tally.features))
-            out[f"recon/{name}/{coder}/frechet"] = {"value": distance, "n": len(seen)}
+            if first and batch.specs:
+                keep_reading(tally, batch.kinds, first, read(batch.specs, made.numpy()))
+            tally.see(made.numpy(), eyes.pooled(again), SHOWN)
     return out
 
 
@@ -309,15 +255,19 @@ def measured(
     path = destination(config).with_suffix("") / f"{name.replace('/', '-')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(tallies, path)
-    truth = any("/" in key for tally in tallies.values() for key in tally.values)
+    originals = tallies.pop("")
+    found = {coder: figures(tally, originals) for coder, tally in tallies.items()}
+    heads = list(dict.fromkeys(key for one in found.values() for key in one))
     about = {
-        "pictures": sum(map(len, tallies[""].features)),
+        "pictures": sum(map(len, originals.features)),
         "skipped": dict(pictures.skipped),
         "pca_fitted_to": fitted,
-        "text": "read by the oracle" if truth else NO_TRUTH,
+        "figures": heads,
+        "text": "read by the oracle" if any("/" in head for head in heads) else NO_TRUTH,
         "sheet": str(path),
     }
-    return figures(name, tallies), about, linear
+    named = {f"recon/{name}/{row}/{key}": v for row, one in found.items() for key, v in one.items()}
+    return named, about, linear
 
 
 def codec(config: CodecConfig) -> dict[str, Any]:
@@ -387,12 +337,7 @@ def summarise_codec(result: Mapping[str, Any]) -> str:
     parts = []
     for name, about in result["sets"].items():
         skipped = sum(about["skipped"].values())
-        heads = dict.fromkeys(
-            key.removeprefix(f"recon/{name}/{row}/")
-            for row in rows
-            for key in metrics
-            if key.startswith(f"recon/{name}/{row}/")
-        )
+        heads = about["figures"]
         table = [["", "values/px", *heads]]
         for row, known in rows.items():
             found = [metrics.get(f"recon/{name}/{row}/{head}") for head in heads]

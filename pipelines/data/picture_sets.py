@@ -117,8 +117,8 @@ def photos() -> list[Path]:
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            "sets: photos are those that scikit-image ships, which is not installed: run pip install"
-            " scikit-image, or name a folder of pictures"
+            "sets: photos are those that scikit-image ships, which is not installed: run"
+            " pip install scikit-image, or name a folder of pictures"
         )
     folder = Path(next(iter(found.submodule_search_locations))) / "data"
     return [folder / name for name in PHOTOS if (folder / name).is_file()]
@@ -127,8 +127,8 @@ def photos() -> list[Path]:
 def _files(folder: str) -> list[Path]:
     if not Path(folder).is_dir():
         raise DataError(
-            f"sets: expected scenes/SIZE, photos or a folder of pictures, got '{folder}', which does"
-            " not exist"
+            f"sets: expected scenes/SIZE, photos or a folder of pictures, got '{folder}', which"
+            " does not exist"
         )
     return images.files_below(folder)
 

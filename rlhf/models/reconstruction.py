@@ -76,7 +76,8 @@ def find_codec(path: str) -> Path:
         ) from error
     if kind not in KNOWN:
         raise ConfigError(
-            f"expected an autoencoder of pictures, one of {', '.join(KNOWN)}, got '{path}', a {kind}"
+            f"expected an autoencoder of pictures, one of {', '.join(KNOWN)}, got a {kind} at"
+            f" '{path}': name another folder"
         )
     if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
         raise ConfigError(f"expected weights beside {folder / 'config.json'}, got none")

@@ -2,7 +2,8 @@
 
 `load_vision` opens DINOv2 (what Qwen-Image-VAE-2.0 aligns to, arXiv:2605.13565) and its kin, or the
 picture half of CLIP, through transformers, or the vision tower of a pipeline's own Qwen3-VL, so
-that the embedded base needs no other model. `vgg_features` opens the trunk of LPIPS (arXiv:1801.03924).
+that the embedded base needs no other model. `vgg_features` opens the trunk of LPIPS
+(arXiv:1801.03924).
 """
 
 # What the transformers classes declare is wider than what they hold.
