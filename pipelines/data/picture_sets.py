@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -79,6 +79,7 @@ class Batch:
     kinds: tuple[str, ...] = ()  # objects, portraits, text
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """What `open_set` opens. A linear code for pictures of one half may see only the other."""
 
