@@ -30,7 +30,7 @@ class Tally:
     features: list[Tensor] = field(default_factory=list)
     shown: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, name: str, values: Iterable[float] | Tensor) -> None:
+    def add(self, name: str, values: Iterable[float | np.bool] | Tensor) -> None:
         """More values of a figure, one per picture."""
         self.values[name] += map(float, values)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,8 @@ def open_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     Raises:
         ConfigError: an autoencoder that does not map RGB pictures to pictures of their size.
     """
-    vae = ae.load_autoencoder(folder).float().to(device).requires_grad_(False)
+    vae: Any = ae.load_autoencoder(folder)  # stock classes declare more than they give
+    vae = vae.float().to(device).requires_grad_(False)
     kind, config = type(vae).__name__, dict(vae.config)
     default = config.get("in_channels") or config.get("input_channels") or 3
     inputs = config.get("image_channels") or default // (config.get("patch_size") or 1) ** 2

@@ -103,7 +103,7 @@ def _transformer(where: str, clip: bool, device: torch.device | str) -> Vision:
     family = CLIPVisionModel if clip else AutoModel
     model = family.from_pretrained(where, dtype=torch.float32).to(device)
     model.eval().requires_grad_(False)
-    patch = model.config.patch_size
+    patch = int(model.config.patch_size)
     options = {"interpolate_pos_encoding": True} if clip else {}
 
     def blocks(pixels: Tensor) -> list[Tensor]:

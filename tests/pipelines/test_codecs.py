@@ -135,11 +135,9 @@ def test_pca_sees_no_picture_it_is_read_on():
     (linear,), seen = codecs.fit_linear(Two(), [coder, coder], codecs.CodecConfig(), 16)
     assert (linear.name, linear.channels, seen) == ("pca64-f16", 64, 2)
     rgb = images.to_float(Two.pictures)
-    other = rgb.flip(0)
     again = linear.again(rgb, np.array([0, 1]))
-    assert psnr(again, rgb).max() < 15  # its own would be without loss
-    basis_of_one = psnr(linear.again(other, np.array([0, 1])), other)
-    assert basis_of_one.min() > 60
+    assert psnr(again, rgb).max() < 15  # its own code would lose nothing
+    assert psnr(linear.again(rgb, np.array([1, 0])), rgb).min() > 50
 
 
 def test_only_what_read_right_before_can_be_lost():

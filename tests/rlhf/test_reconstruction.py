@@ -55,7 +55,8 @@ MADE = {
     ),
     "AutoencoderKLQwenImage": (
         lambda: AutoencoderKLQwenImage(
-            base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+            base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
+            temperal_downsample=[False, True],
         ),
         4,
         6,
