@@ -237,8 +237,8 @@ def labels(paths: Sequence[str]) -> dict[str, Path]:
     out: dict[str, Path] = {}
     for path in paths:
         folder = find_codec(path)
-        parts = Path(path).resolve().parts
-        name = parts[-2] if parts[-1] == "vae" and len(parts) > 2 else parts[-1]
+        root = Path(path).resolve()
+        name = root.parent.name if root.name == "vae" else root.name
         if folder in out.values():
             raise ConfigError(f"expected each autoencoder once, got '{path}' again: leave it out")
         out[name if name not in out else f"{name}-{len(out) + 1}"] = folder

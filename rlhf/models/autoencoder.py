@@ -26,6 +26,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import _patchify, 
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.errors import ConfigError
 from rlhf.models.vae2 import AutoencoderVAE2
 
 Autoencoder = AutoencoderKLQwenImage21 | AutoencoderVAE2
@@ -61,13 +62,22 @@ def class_name(folder: Path | str) -> str | None:
     return config.get("_class_name") if isinstance(config, dict) else None
 
 
-def load_autoencoder(folder: Path | str) -> Autoencoder:
-    """What `rlhf vae` wrote, or another autoencoder of diffusers, of the class its config names, in
-    evaluation mode.
-    """
-    name = class_name(folder)
+def load_any(folder: Path | str) -> diffusers.ModelMixin:
+    """An autoencoder of ours or of diffusers, of the class its config names, for evaluation."""
+    name = class_name(folder) or ""
     own = name == AutoencoderVAE2.__name__
     return (AutoencoderVAE2 if own else getattr(diffusers, name)).from_pretrained(folder).eval()
+
+
+def load_autoencoder(folder: Path | str) -> Autoencoder:
+    """What `rlhf vae` wrote, for evaluation. Raises ConfigError for another autoencoder."""
+    vae = load_any(folder)
+    if not isinstance(vae, Autoencoder):
+        raise ConfigError(
+            f"expected what rlhf vae writes at {folder}, got {type(vae).__name__}:"
+            " write runs/<name>/vae"
+        )
+    return vae
 
 
 def encode_mode(vae: Autoencoder, rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b c y x"]:

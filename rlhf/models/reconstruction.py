@@ -91,7 +91,7 @@ def open_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     Raises:
         ConfigError: an autoencoder that does not map RGB pictures to pictures of their size.
     """
-    vae: Any = ae.load_autoencoder(folder)  # stock classes declare more than they give
+    vae: Any = ae.load_any(folder)  # stock classes declare more than they give
     vae = vae.float().to(device).requires_grad_(False)
     kind, config = type(vae).__name__, dict(vae.config)
     default = config.get("in_channels") or config.get("input_channels") or 3
