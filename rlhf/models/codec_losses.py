@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 
-Map = Float[Tensor, "b c y x"]
+Map = Float[Tensor, "b _ _ _"]  # channels and size differ from layer to layer
 PAIRED = 1024  # positions of a picture that enter m_dms, whose cost is their square
 
 
@@ -57,7 +57,7 @@ class Margins:
 
 
 def perceptual(
-    a: Sequence[Map], b: Sequence[Map], weights: Sequence[Float[Tensor, " c"]] | None = None
+    a: Sequence[Map], b: Sequence[Map], weights: Sequence[Float[Tensor, " _"]] | None = None
 ) -> Float[Tensor, " b"]:
     """Distance of feature maps, layer by layer, with unit vectors over channels, per picture.
 
