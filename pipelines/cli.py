@@ -103,6 +103,16 @@ PROGRAMS = (
         positional="model",
     ),
     Program(
+        "evaluate codec",
+        "measure an autoencoder beside others and PCA",
+        (
+            "rlhf evaluate codec scenes",
+            "rlhf evaluate codec runs/vae others='[scenes, models/flux/vae]' --config codec",
+        ),
+        positional="model",
+        module="codecs",
+    ),
+    Program(
         "report",
         "write report.html and plots of a run",
         ("rlhf report runs/scenes",),
@@ -166,9 +176,10 @@ def overview() -> str:
 def config_program(name: str) -> Program | None:
     """The program that the configuration `folder/stem` belongs to, None if no program claims it."""
     folder, _, stem = name.partition("/")
-    for program in PROGRAMS:
-        if program.folder == folder and program.verb in (None, stem.split("_")[0]):
-            return program
+    for verb in (stem.split("_")[0], None):  # `evaluate codec` before `evaluate`
+        for program in PROGRAMS:
+            if program.folder == folder and program.verb == verb:
+                return program
     return None
 
 

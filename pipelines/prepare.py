@@ -64,6 +64,8 @@ class Config:
     address: str | None = None
 
     def check(self) -> None:
+        if self.source.columns.caption is None:
+            raise ConfigError("source.columns.caption: expected a column, got null: write its name")
         uses = [one.use for one in self.operators]
         twice = sorted({use for use in uses if uses.count(use) > 1})
         if twice:

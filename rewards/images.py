@@ -68,11 +68,34 @@ def grey(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
     return np.asarray(_rgb(image).convert("L"), dtype=np.uint8)
 
 
-def crop_to(image: Image.Image, size: tuple[int, int]) -> Picture:
-    """Scale a picture until it covers (height, width), cut what stands over on both sides alike."""
+def crop_to(
+    image: Image.Image, size: tuple[int, int], corner: tuple[float, float] = (0.5, 0.5)
+) -> Picture:
+    """Scale a picture until it just covers (height, width) and cut what stands over: all of it
+    below and to the right at `corner` (0, 0), above and to the left at (1, 1).
+    """
     height, width = size
-    covered = ImageOps.fit(_rgb(image), (width, height), Image.Resampling.LANCZOS)
+    centring = corner[1], corner[0]
+    covered = ImageOps.fit(
+        _rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centring
+    )
     return from_pil(covered)
+
+
+def within(image: Image.Image, largest: int, multiple: int) -> Picture:
+    """A picture as it is, its middle in whole multiples of pixels; scaled down first if a side is
+    longer than `largest`. Raises ImageError if a side is shorter than one multiple.
+    """
+    image = _rgb(image)
+    scale = min(1.0, largest / max(image.size))
+    if scale < 1:
+        small = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize((small[0], small[1]), Image.Resampling.LANCZOS)
+    width, height = (side // multiple * multiple for side in image.size)
+    if not width or not height:
+        raise ImageError(f"expected a side of at least {multiple} px")
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return from_pil(image.crop((left, top, left + width, top + height)))
 
 
 def decode(data: bytes) -> tuple[Image.Image, int]:

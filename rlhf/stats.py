@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+AT_ONCE = 10_000_000  # counts in memory: 80 MB
 Values = Sequence[float | int] | np.ndarray  # one dimension; True and False count as 1 and 0
 
 
@@ -51,8 +52,13 @@ def bootstrap_mean(
     sums = np.bincount(member, weights=array)
     counts = np.bincount(member).astype(np.float64)
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), size=draws)
-    means = (drawn @ sums) / (drawn @ counts)
+    means = np.empty(draws)
+    at_once = max(1, AT_ONCE // len(index))
+    for start in range(0, draws, at_once):
+        part = means[start : start + at_once]
+        even = np.full(len(index), 1 / len(index))
+        drawn = generator.multinomial(len(index), even, size=len(part))
+        part[:] = (drawn @ sums) / (drawn @ counts)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
 

@@ -136,6 +136,9 @@ def _convert_union(hint: Any, data: Plain, key: str, root: Any) -> Any:
             if dataclasses.is_dataclass(arms[0]) or get_origin(arms[0]) in (dict, Mapping, tuple):
                 raise  # the message about the part says more than one about the union
             raise _refuse(hint, data, key) from None
+    parts = [arm for arm in arms if dataclasses.is_dataclass(arm)]
+    if len(parts) == 1 and isinstance(_shallow(data), Mapping):
+        return convert(parts[0], data, key, root)  # its own message says more
     for arm in sorted(arms, key=lambda a: a is not type(_plain(data))):  # an exact type first
         try:
             return convert(arm, data, key, root)

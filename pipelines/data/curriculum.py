@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
@@ -86,14 +85,6 @@ def shape(size: int, aspect: float, multiple: int) -> tuple[int, int]:
     return height, width
 
 
-def _cut(picture: np.ndarray, size: tuple[int, int], corner: tuple[float, float]) -> np.ndarray:
-    top, left = (
-        int(u * (have - want + 1))
-        for u, have, want in zip(corner, picture.shape[1:], size, strict=True)
-    )
-    return picture[:, top : top + size[0], left : left + size[1]]
-
-
 class Scenes:
     """Rendered once, as squares of `side` px, from which windows are cut."""
 
@@ -108,7 +99,13 @@ class Scenes:
     def window(
         self, index: int, size: tuple[int, int], corner: tuple[float, float]
     ) -> UInt8[np.ndarray, "3 h w"]:
-        return _cut(self.rows[index], size, corner)
+        """The pixels as they are; `corner` in [0, 1)^2 says where the window lies."""
+        picture = self.rows[index]
+        top, left = (
+            int(u * (have - want + 1))
+            for u, have, want in zip(corner, picture.shape[1:], size, strict=True)
+        )
+        return picture[:, top : top + size[0], left : left + size[1]]
 
 
 class Folder:
@@ -129,13 +126,7 @@ class Folder:
         self, index: int, size: tuple[int, int], corner: tuple[float, float]
     ) -> UInt8[np.ndarray, "3 h w"]:
         """Scaled to just cover the window; `corner` in [0, 1]^2 says what is cut off."""
-        picture = images.to_pil(images.load_image(self.paths[index]))
-        scale = max(size[0] / picture.height, size[1] / picture.width)
-        cover = (
-            max(size[1], round(picture.width * scale)),
-            max(size[0], round(picture.height * scale)),
-        )
-        return _cut(images.from_pil(picture.resize(cover, Image.Resampling.LANCZOS)), size, corner)
+        return images.crop_to(images.to_pil(images.load_image(self.paths[index])), size, corner)
 
 
 Source = Scenes | Folder

@@ -82,7 +82,7 @@ class Columns:
     """Which columns of a source hold what. Sources may be one picture or a list of them."""
 
     image: str = "image"
-    caption: str = "text"
+    caption: str | None = "text"  # None: pictures alone, all captions are empty
     id: str = "id"
     kind: str = "kind"
     sources: str = "sources"
@@ -97,7 +97,7 @@ def record_of(
     A column `columns` with a JSON object, as we write it, is taken apart.
     """
     id = str(row.get(names.id) or id)
-    caption = row.get(names.caption)
+    caption = row.get(names.caption) if names.caption else ""
     if isinstance(caption, bytes):
         caption = caption.decode("utf-8", errors="replace")
     kind = row.get(names.kind) or kind
@@ -108,7 +108,7 @@ def record_of(
         sources = tuple(_encoded(part, root) for part in parts)
     except ImageError as error:
         return Broken(id=id, reason=str(error))
-    if not isinstance(caption, str) or not caption.strip():
+    if not isinstance(caption, str) or (names.caption and not caption.strip()):
         return Broken(id=id, reason="empty caption")
     if kind not in KINDS:
         return Broken(id=id, reason="unknown caption kind")

@@ -320,4 +320,4 @@ def _add(row: dict[str, Any], extension: str, data: bytes, names: Columns) -> No
         else:
             row[stem or names.image] = data
     elif suffix == "txt":
-        row[stem or names.caption] = data.decode("utf-8", errors="replace")
+        row[stem or names.caption or suffix] = data.decode("utf-8", errors="replace")

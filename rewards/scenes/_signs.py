@@ -116,10 +116,18 @@ class Found:
         return self.background_ok and self.ink_ok and self.letters_ok and self.empty_ok
 
 
+def fits(letters: Letters, i: int, spec: Sign) -> tuple[np.ndarray, np.ndarray]:
+    """(4,) correlations of picture `i` with the letters of a sign, and which are read right."""
+    word = [LETTERS.index(letter) for letter in spec.word]
+    fit = letters.letter[i][np.arange(4), word]
+    best = letters.letter[i].argmax(-1)
+    return fit, (best == np.array(word)) & (fit >= MIN_CORRELATION)
+
+
 def score(letters: Letters, i: int, spec: Sign) -> Found:
     """Picture `i` of `letters` against a sign."""
     word = [LETTERS.index(letter) for letter in spec.word]
-    fit = letters.letter[i][np.arange(4), word]
+    fit, right = fits(letters, i, spec)
     stroke = letters.ink[i][np.arange(4), word].mean(0)
     contrast = float(np.sqrt(np.square(stroke).sum()))
     ink = distances(stroke + letters.base[i], _PALETTE)
@@ -132,12 +140,11 @@ def score(letters: Letters, i: int, spec: Sign) -> Found:
         "empty": float(closeness(letters.clutter[i], 20.0)),
     }
     weights = {"background": 0.15, "ink": 0.20, "letters": 0.55, "empty": 0.10}
-    best = letters.letter[i].argmax(-1)
     return Found(
         soft=sum(weights[name] * value for name, value in soft.items()),
         **soft,
         background_ok=bool(distance.argmin() == declared and distance[declared] <= MAX_BACKGROUND),
         ink_ok=bool(ink.argmin() == colour and ink[colour] <= MAX_COLOUR),
-        letters_ok=bool((best == np.array(word)).all() and fit.min() >= MIN_CORRELATION),
+        letters_ok=bool(right.all()),
         empty_ok=bool(letters.clutter[i] <= MAX_CLUTTER),
     )

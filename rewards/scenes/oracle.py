@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from rewards.errors import ImageError, RewardConfigError
 from rewards.scenes import _objects, _portraits, _signs, _taste
 from rewards.scenes._pixels import SIZE, Pixels, block_means, closeness, to_pixels
 from rewards.scenes.render import render
-from rewards.scenes.specs import Edit, Objects, Portrait, Spec
+from rewards.scenes.specs import Edit, Objects, Portrait, Sign, Spec
 
 Image = UInt8[np.ndarray, "3 h w"]
 CHUNK = 64  # pictures read at once; keeps the work in cache
@@ -98,6 +98,16 @@ def fidelity_batch(
 def fidelity(image: Image, spec: Spec | Edit) -> Reading:
     """Whether a picture shows what its spec says; see the module and `fidelity_batch`."""
     return fidelity_batch(image[None], [spec])[0]
+
+
+def spelling(
+    images: UInt8[np.ndarray, "b 3 h w"], signs: Sequence[Sign]
+) -> Bool[np.ndarray, "b 4"]:
+    """Which letters of B signs are read right: best of all letters in their place, and near enough.
+    Colours do not count. Raises ImageError below 64 pixels.
+    """
+    found = _signs.read(to_pixels(images))
+    return np.stack([_signs.fits(found, i, sign)[1] for i, sign in enumerate(signs)])
 
 
 # --- taste ---------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ import json
 import math
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage21
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import _patchify, _unpatchify
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.errors import ConfigError
 from rlhf.models.vae2 import AutoencoderVAE2
 
 Autoencoder = AutoencoderKLQwenImage21 | AutoencoderVAE2
@@ -54,11 +56,28 @@ def tiny_autoencoder(width: int = 136) -> AutoencoderKLQwenImage21:
     )
 
 
-def load_autoencoder(folder: Path | str) -> Autoencoder:
-    """What `rlhf vae` wrote, of the class its config names, in evaluation mode."""
-    name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+def class_name(folder: Path | str) -> str | None:
+    """The class that the config.json of a folder names. Raises OSError or ValueError if none."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return config.get("_class_name") if isinstance(config, dict) else None
+
+
+def load_any(folder: Path | str) -> diffusers.ModelMixin:
+    """An autoencoder of ours or of diffusers, of the class its config names, for evaluation."""
+    name = class_name(folder) or ""
     own = name == AutoencoderVAE2.__name__
-    return (AutoencoderVAE2 if own else AutoencoderKLQwenImage21).from_pretrained(folder).eval()
+    return (AutoencoderVAE2 if own else getattr(diffusers, name)).from_pretrained(folder).eval()
+
+
+def load_autoencoder(folder: Path | str) -> Autoencoder:
+    """What `rlhf vae` wrote, for evaluation. Raises ConfigError for another autoencoder."""
+    vae = load_any(folder)
+    if not isinstance(vae, Autoencoder):
+        raise ConfigError(
+            f"expected what rlhf vae writes at {folder}, got {type(vae).__name__}:"
+            " write runs/<name>/vae"
+        )
+    return vae
 
 
 def encode_mode(vae: Autoencoder, rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b c y x"]:
@@ -74,10 +93,26 @@ def decode_raw(vae: Autoencoder, latents: Float[Tensor, "b c y x"]) -> Float[Ten
     return _unpatchify(decoded, vae.config.patch_size or 1)[:, :, 0]
 
 
-def patches(rgba: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "n d"]:
-    """All 16 px patches as rows, in the channel order of the stock patchify."""
-    rows = _patchify(rgba.unsqueeze(2), PATCH)[:, :, 0]
+def patches(pictures: Float[Tensor, "b c h w"], patch: int = PATCH) -> Float[Tensor, "n d"]:
+    """All square patches as rows, in the channel order of the stock patchify."""
+    rows = _patchify(pictures.unsqueeze(2), patch)[:, :, 0]
     return rows.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
+
+
+def assemble(
+    rows: Float[Tensor, "n d"], size: tuple[int, int], patch: int = PATCH
+) -> Float[Tensor, "b c h w"]:
+    """Pictures of (height, width) from the rows that `patches` made of them."""
+    y, x = (side // patch for side in size)
+    maps = rows.view(-1, y, x, rows.shape[1]).permute(0, 3, 1, 2)
+    return _unpatchify(maps.unsqueeze(2), patch)[:, :, 0]
+
+
+def leading(covariance: Float[Tensor, "d d"], k: int) -> tuple[Tensor, Tensor]:
+    """The `k` eigenvectors (d, k) of largest eigenvalue, and their square roots (k,)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
+    return vectors, values.clamp_min(1e-12).sqrt()
 
 
 def principal_components(
@@ -86,9 +121,8 @@ def principal_components(
     """Mean (d,), basis (d, k) and standard deviations (k,), largest first."""
     mean = rows.mean(0)
     centred = (rows - mean).double()
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
-    values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
-    return mean, vectors.to(rows.dtype), values.clamp_min(1e-12).sqrt().to(rows.dtype)
+    basis, deviations = leading(centred.T @ centred / len(rows), k)
+    return mean, basis.to(rows.dtype), deviations.to(rows.dtype)
 
 
 def _zero_residual_branches(vae: AutoencoderKLQwenImage21) -> None:

@@ -142,7 +142,7 @@ class CodecObjective:
             maps = self.vision.maps
         with torch.no_grad():
             wanted = maps(x)
-        return losses.perceptual(maps(again), wanted, self.calibration)
+        return losses.perceptual(maps(again), wanted, self.calibration).mean()
 
     def _adversary(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
         """The autoencoder's loss, through a discriminator held still, and the discriminator's."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 
-Map = Float[Tensor, "b c y x"]
+Map = Float[Tensor, "b _ _ _"]  # channels and size differ from layer to layer
 PAIRED = 1024  # positions of a picture that enter m_dms, whose cost is their square
 
 
@@ -57,19 +57,19 @@ class Margins:
 
 
 def perceptual(
-    a: Sequence[Map], b: Sequence[Map], weights: Sequence[Float[Tensor, " c"]] | None = None
-) -> Float[Tensor, ""]:
-    """Distance of feature maps, layer by layer, with unit vectors over channels; mean of the batch.
+    a: Sequence[Map], b: Sequence[Map], weights: Sequence[Float[Tensor, " _"]] | None = None
+) -> Float[Tensor, " b"]:
+    """Distance of feature maps, layer by layer, with unit vectors over channels, per picture.
 
     Without `weights` (LPIPS has learned ones, per layer and channel) each layer counts as
     mean (2 - 2 cos), 0 to 4.
     """
-    total = torch.zeros((), device=a[0].device)
+    total = torch.zeros(len(a[0]), device=a[0].device)
     for layer, (one, two) in enumerate(zip(a, b, strict=True)):
         gap = (F.normalize(one, dim=1, eps=1e-10) - F.normalize(two, dim=1, eps=1e-10)) ** 2
         if weights is not None:
             gap = gap * weights[layer].to(gap)[:, None, None]
-        total = total + gap.sum(1).mean()
+        total = total + gap.sum(1).mean((1, 2))
     return total
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-
-from rewards import images
 
 _WINDOW, _SIGMA = 11, 1.5
 
@@ -56,38 +51,3 @@ def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     gap = (a.mean(0) - b.mean(0)).pow(2).sum() + cov_a.trace() + cov_b.trace() - 2 * shared
     return float(gap.clamp_min(0))
-
-
-def _pictures(folder: Path, size: int | None) -> Iterator[Tensor]:
-    for path in images.files_below(folder, least=2):
-        picture = images.to_float(images.load_image(path)[None])
-        if size is not None and picture.shape[-2:] != (size, size):
-            picture = F.interpolate(picture, (size, size), mode="bicubic", antialias=True)
-        yield picture.clamp(-1, 1)
-
-
-@torch.no_grad()
-def folder_features(
-    folder: Path,
-    features: Callable[[Float[Tensor, "b 3 h w"]], Float[Tensor, "b d"]],
-    size: int | None = None,
-) -> Float[Tensor, "n d"]:
-    """A row of `features` for every picture below a folder, in the order of their paths; resized to
-    squares of `size` px unless None.
-
-    Raises:
-        ImageError: fewer than two pictures.
-    """
-    return torch.cat([features(picture) for picture in _pictures(folder, size)])
-
-
-def frechet_of_folders(
-    a: Path,
-    b: Path,
-    features: Callable[[Float[Tensor, "b 3 h w"]], Float[Tensor, "b d"]],
-    size: int | None = None,
-) -> float:
-    """Frechet distance between the pictures below two folders, in the space of `features`, such as
-    `Vision.pooled`. Only with Inception features is it what tables call FID.
-    """
-    return frechet(folder_features(a, features, size), folder_features(b, features, size))

@@ -1,8 +1,9 @@
 """Frozen eyes: feature maps of pictures, for alignment, perceptual distance and measures.
 
-`load_vision` opens DINOv2 (what Qwen-Image-VAE-2.0 aligns to, arXiv:2605.13565) and its kin through
-transformers, or the vision tower of a pipeline's own Qwen3-VL, so that the embedded base needs no
-other model. `vgg_features` opens the trunk of LPIPS (arXiv:1801.03924).
+`load_vision` opens DINOv2 (what Qwen-Image-VAE-2.0 aligns to, arXiv:2605.13565) and its kin, or the
+picture half of CLIP, through transformers, or the vision tower of a pipeline's own Qwen3-VL, so
+that the embedded base needs no other model. `vgg_features` opens the trunk of LPIPS
+(arXiv:1801.03924).
 """
 
 # What the transformers classes declare is wider than what they hold.
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from rlhf import assets
 from rlhf.errors import ConfigError
 
-FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+CLIPS = ("clip", "clip_vision_model")
+FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", *CLIPS)
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: pooling
 _VGG_TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 _LPIPS_SHIFT, _LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for [-1, 1]
@@ -74,8 +76,8 @@ class Vision:
 
 
 def load_vision(source: str, device: torch.device | str = "cpu") -> Vision:
-    """From a directory or hub id of DINOv2 or its kin, or from a pipeline with a Qwen3-VL, such as
-    `scenes`.
+    """From a directory or hub id of DINOv2 or its kin, of CLIP, or of a pipeline with a Qwen3-VL,
+    such as `scenes`.
 
     Raises:
         ConfigError: another kind of model.
@@ -91,23 +93,27 @@ def load_vision(source: str, device: torch.device | str = "cpu") -> Vision:
             f"vision: expected one of {', '.join(FAMILIES)} or a pipeline directory, got"
             f" '{source}', a {kind}: write facebook/dinov2-large or scenes"
         )
-    return _dino(where, device)
+    return _transformer(where, kind in CLIPS, device)
 
 
-def _dino(where: str, device: torch.device | str) -> Vision:
-    from transformers import AutoModel
-    from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+def _transformer(where: str, clip: bool, device: torch.device | str) -> Vision:
+    from transformers import AutoModel, CLIPVisionModel
+    from transformers.utils import constants
 
-    model = AutoModel.from_pretrained(where, dtype=torch.float32).to(device)
+    family = CLIPVisionModel if clip else AutoModel
+    model = family.from_pretrained(where, dtype=torch.float32).to(device)
     model.eval().requires_grad_(False)
-    patch = model.config.patch_size
+    patch = int(model.config.patch_size)
+    options = {"interpolate_pos_encoding": True} if clip else {}
 
     def blocks(pixels: Tensor) -> list[Tensor]:
         y, x = (side // patch for side in pixels.shape[-2:])
-        hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]
-        return [h[:, -y * x :].mT.unflatten(2, (y, x)) for h in hidden]  # behind class, registers
+        seen = model(pixel_values=pixels, output_hidden_states=True, **options)
+        tokens = [h[:, -y * x :] for h in seen.hidden_states[1:]]  # behind class, registers
+        return [h.mT.unflatten(2, (y, x)) for h in tokens]
 
-    mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+    name = "OPENAI_CLIP" if clip else "IMAGENET_DEFAULT"
+    mean, std = (tuple(getattr(constants, f"{name}_{part}")) for part in ("MEAN", "STD"))
     return Vision(blocks=blocks, multiple=patch, mean=mean, std=std)
 
 

@@ -115,3 +115,22 @@ def test_decode_refuses_parts_of_a_picture(keep):
 def test_sixteen_bits_are_scaled_and_not_clipped():
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     np.testing.assert_array_equal(images.grey(deep), [[0, 128, 255]])
+
+
+def test_a_crop_keeps_the_corner_it_is_told_to():
+    wide = Image.new("RGB", (40, 20))
+    wide.paste((255, 255, 255), (0, 0, 20, 20))  # the left half is white
+    assert images.crop_to(wide, (10, 10), (0.5, 0.0))[0, :, :9].min() > 240
+    assert images.crop_to(wide, (10, 10), (0.5, 1.0))[0, :, 1:].max() < 15
+    tall = wide.rotate(-90, expand=True)  # the upper half is white
+    assert images.crop_to(tall, (10, 10), (0.0, 0.5))[0, :9].min() > 240
+    assert images.crop_to(wide, (10, 10))[0].mean(0)[[0, 9]].tolist() == [255, 0]
+
+
+def test_within_takes_whole_cells_of_the_middle_and_never_enlarges():
+    ramp = np.arange(50, dtype=np.uint8)[None, None].repeat(3, 0).repeat(37, 1)
+    cut = images.within(images.to_pil(ramp), 64, 16)
+    assert cut.shape == (3, 32, 48) and cut[0, 0].tolist() == list(range(1, 49))
+    assert images.within(images.to_pil(ramp), 25, 4).shape == (3, 16, 24)  # of 18 x 25
+    with pytest.raises(ImageError, match="at least 16 px"):
+        images.within(images.to_pil(ramp), 20, 16)

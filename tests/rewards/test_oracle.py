@@ -299,3 +299,12 @@ def test_a_sign_of_four_equal_letters_reads():
     spec = Sign(word="LOLO", colour="yellow", background="white")
     assert oracle.fidelity(render(spec), spec).strict
     assert not oracle.fidelity(render(spec), replace(spec, word="LOLA")).strict
+
+
+def test_spelling_is_read_letter_by_letter_and_without_colours():
+    signs = [Sign(word="LINE", colour="red", background="white")] * 3
+    other = Sign(word="LIRE", colour="blue", background="black")
+    shown = render_batch([signs[0], other, signs[0]], 96)
+    shown[2, :, :, 72:] = shown[2, :, :1, :1]  # the last letter is painted over
+    right = oracle.spelling(shown, signs)
+    assert right.tolist() == [[True] * 4, [True, True, False, True], [True, True, True, False]]

@@ -28,7 +28,7 @@ def test_perceptual_distance_by_hand():
 
 def test_perceptual_gradient_is_finite_where_features_are_zero():
     a = torch.zeros(1, 2, 1, 1, requires_grad=True)
-    losses.perceptual([a], [torch.ones(1, 2, 1, 1)]).backward()
+    losses.perceptual([a], [torch.ones(1, 2, 1, 1)]).sum().backward()
     assert a.grad is not None and bool(torch.isfinite(a.grad).all())
 
 
@@ -64,7 +64,7 @@ def test_many_positions_are_thinned_evenly(monkeypatch):
     "loss",
     [
         lambda x: losses.alignment(x, ROWS["f"], (0.1, 0.05)),
-        lambda x: losses.perceptual([x[..., None].double()], [ROWS["f"][..., None]]),
+        lambda x: losses.perceptual([x[..., None].double()], [ROWS["f"][..., None]]).mean(),
         lambda x: losses.kl(x, ROWS["f"]) + losses.kl(ROWS["f"], x),
         lambda x: losses.hinge_discriminator(x, 0.5 * x) + losses.hinge_generator(x),
     ],

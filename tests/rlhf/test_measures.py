@@ -6,10 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
-from rewards import images
-from rewards.errors import ImageError
-from rlhf.models.measures import folder_features, frechet, frechet_of_folders, ssim
-from tests.rlhf.tiny import picture
+from rlhf.models.measures import frechet, ssim
 
 
 def draw(*shape, seed=0):
@@ -62,22 +59,3 @@ def test_frechet_of_shifted_and_of_degenerate_sets():
     assert frechet(rows, rows + 0.5) == pytest.approx(20 * 0.25, rel=1e-5)
     with pytest.raises(ValueError, match="two rows"):
         frechet(rows[:1], rows)
-
-
-def test_folders_of_pictures_of_any_size(tmp_path):
-    for name, seeds in (("a", (1, 2, 3)), ("b", (4, 5, 6))):
-        (tmp_path / name).mkdir()
-        for seed in seeds:
-            images.save_png(tmp_path / name / f"{seed}.png", picture(seed, 32, 32 * (seed % 2 + 1)))
-
-    def colour(rgb):
-        return rgb.mean((2, 3))
-
-    a, b = tmp_path / "a", tmp_path / "b"
-    rows = folder_features(a, colour)
-    expected = images.to_float(picture(2, 32, 32)[None]).mean((0, 2, 3))
-    assert rows.shape == (3, 3) and torch.allclose(rows[1], expected)
-    assert frechet_of_folders(a, a, colour, size=16) == pytest.approx(0, abs=1e-6)
-    assert frechet_of_folders(a, b, colour) == frechet(rows, folder_features(b, colour)) > 0
-    with pytest.raises(ImageError, match="at least 2 pictures"):
-        folder_features(tmp_path / "nothing", colour)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from rlhf import stats
 from rlhf.stats import bootstrap_gain, bootstrap_mean, gain_metric
 
 
@@ -67,3 +68,11 @@ def test_successes_may_be_booleans_integers_or_arrays():
     want = bootstrap_mean([1.0, 0.0, 1.0])
     for values in ([True, False, True], [1, 0, 1], np.array([1, 0, 1], dtype=np.float32)):
         assert bootstrap_mean(values) == want
+
+
+def test_many_values_are_drawn_in_parts_of_one_stream(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    whole = stats.bootstrap_mean(values)
+    monkeypatch.setattr(stats, "AT_ONCE", 50 * 7)
+    again = stats.bootstrap_mean(values)
+    assert (again.low, again.high) == pytest.approx((whole.low, whole.high), abs=1e-12)

@@ -40,6 +40,20 @@ def test_dinov2_gives_a_map_per_block_without_the_class_token(dino):
     assert torch.equal(eyes.features(x, (4, 5), layer=4), maps[3].flatten(2).mT)
 
 
+def test_clip_takes_pictures_of_any_size(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=32, patch_size=8)).eval()
+    model.save_pretrained(tmp_path)
+    eyes, x = vision.load_vision(str(tmp_path)), torch.rand(2, 3, 32, 32) * 2 - 1
+    assert [m.shape for m in eyes.maps(rgb(1))] == [(1, 16, 8, 12)] * 2
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (eyes.mean, eyes.std))
+    hidden = model((x / 2 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
+    assert torch.allclose(eyes.pooled(x), hidden[2][:, 1:].mean(1), atol=1e-5)
+    assert eyes.mean[0] == pytest.approx(0.4814, abs=1e-3)
+
+
 @pytest.mark.parametrize("grid", [(4, 6), (2, 3), (8, 12)])
 def test_features_come_at_the_positions_of_the_latents(dino, grid):
     eyes = vision.load_vision(str(dino))
