@@ -47,11 +47,12 @@ from rlhf.training import Average, Pace, equal_parts, open_run, train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Size of the transformer: width = heads * head_dim."""
+    """Size of the transformer: width = heads * head_dim. `block` gelu is `rlhf.models.gelu`."""
 
     layers: int = 6
     heads: int = 6
     head_dim: int = 32
+    block: tiny.TransformerBlock = "swiglu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +285,12 @@ def _policy(config: Config) -> QwenImage21Policy:
         load_autoencoder(str(config.vae)),
         Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder"),
         Qwen3VLProcessor.from_pretrained(condition / "processor"),
-        tiny.make_transformer(config.network.layers, config.network.heads, config.network.head_dim),
+        tiny.make_transformer(
+            config.network.layers,
+            config.network.heads,
+            config.network.head_dim,
+            block=config.network.block,
+        ),
     )
     return QwenImage21Policy(pipeline, how)
 

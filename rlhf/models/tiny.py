@@ -8,7 +8,7 @@ letters kept apart so that the letters of a sign are tokens of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from rlhf.models.autoencoder import Autoencoder, tiny_autoencoder
+from rlhf.models.gelu import GeluShiftTransformer2DModel
 
+TransformerBlock = Literal["swiglu", "gelu"]
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -132,13 +134,19 @@ def make_text_encoder(
 
 
 def make_transformer(
-    layers: int = 6, heads: int = 4, head_dim: int = 64, context: int = 128, latents: int = 64
+    layers: int = 6,
+    heads: int = 4,
+    head_dim: int = 64,
+    context: int = 128,
+    latents: int = 64,
+    block: TransformerBlock = "swiglu",
 ) -> QwenImage21Transformer2DModel:
     """A `QwenImage21Transformer2DModel` of width heads * head_dim; a quarter of each head is the
-    frame axis.
+    frame axis. `block` gelu is `rlhf.models.gelu`.
     """
     side = 3 * head_dim // 8
-    return QwenImage21Transformer2DModel(
+    made = QwenImage21Transformer2DModel if block == "swiglu" else GeluShiftTransformer2DModel
+    return made(
         in_channels=latents,
         out_channels=latents,
         num_layers=layers,
