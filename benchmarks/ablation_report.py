@@ -247,3 +247,10 @@ def write(folder: Path) -> str:
     if figure is not None:
         figure.savefig(folder.with_suffix(".png"), dpi=150)
     return text
+
+
+def fill(page: Path, text: str) -> None:
+    """Replace what stands between the marks `<!-- table -->` and `<!-- /table -->` of a page."""
+    start, end = "<!-- table -->\n", "<!-- /table -->"
+    head, _, rest = page.read_text(encoding="utf-8").partition(start)
+    atomic_write_text(page, head + start + text + end + rest.partition(end)[2])

@@ -5,6 +5,8 @@
     python -m benchmarks.ablations --arms kl gan --seeds 0
     python -m benchmarks.ablations --draw           # table and figure of what is done
 
+The table also goes into docs/ablations.md.
+
 An arm is one change of configs/vae/ablation.yaml or configs/pretrain/ablation.yaml: a run of `rlhf
 vae`, where the question wants it a small transformer trained on its latents for equally many steps,
 and measures (benchmarks/ablation_measures.py). Each writes
@@ -42,6 +44,7 @@ from rlhf.files import atomic_write_text, json_text
 from rlhf.run import Run, machine, report
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
+PAGE = Path(__file__).parents[1] / "docs" / "ablations.md"
 CONSTANT = "{cosine: [0.5, 0.5], distance: [0.25, 0.25], share: 0.5}"  # of arXiv:2501.01423
 DIRECT = "[{size: 128, share: 1.0, text: 0.2, batch: 2}]"
 
@@ -250,7 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(listing(study, work))
         return 0
     failed = 0 if given.draw else perform_all(study, work, given.workers)
-    print(ablation_report.write(study.results))
+    text = ablation_report.write(study.results)
+    if study.results == RESULTS:
+        ablation_report.fill(PAGE, text)
+    print(text)
     return int(failed > 0)
 
 
