@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
 
 from rlhf import plots
@@ -116,9 +117,10 @@ def spread(arms: Arms, measure: str, alike: str) -> tuple[float, int]:
     total, freedom = 0.0, 0
     own = arms[alike][0]["configs"]["vae"] is None
     for results in arms.values():
-        means = [np.mean(r["values"][measure]) for r in results if measure in r["values"]]
+        rows = rows_of(results, measure)
+        means = np.empty(0) if rows is None else rows.mean(1)
         if len(means) > 1 and (results[0]["configs"]["vae"] is None) == own:
-            total += float(np.sum((means - np.mean(means)) ** 2))
+            total += float(np.sum((means - means.mean()) ** 2))
             freedom += len(means) - 1
     return (total / freedom) ** 0.5 if freedom else 0.0, freedom
 
@@ -202,7 +204,7 @@ def draw(arms: Arms) -> Figure | None:
             ax.plot([gap.low, gap.high], [position] * 2, color=colour, lw=1.6)
             ax.plot(gap.value, position, "o", color=colour, ms=5)
         ax.axvline(0, color=plots.MUTED, lw=0.8)
-        ax.xaxis.get_major_locator().set_params(integer=False)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
         ax.set_yticks(range(len(found)), list(found), fontsize=8)
         ax.invert_yaxis()
         ax.margins(y=0.2)

@@ -133,6 +133,16 @@ def trained(program: Any, wanted: Any) -> Run:
     return Run.open(root)
 
 
+def training_seconds(run: Run) -> float:
+    """Seconds of the steps that count, also where the run was killed and continued."""
+    total, before = 0.0, 0
+    for row in run.rows():
+        if "seconds/step" in row:
+            total += row["seconds/step"] * (row["step"] - before)
+            before = row["step"]
+    return round(total, 1)
+
+
 def perform(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
     """One arm at one seed, as its file holds it; computed unless it is there.
 
@@ -154,12 +164,12 @@ def perform(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     if codec is not None:
         run = trained(vae, codec)
-        seconds["vae"] = run.read_json("result.json")["seconds"]
+        seconds["vae"] = training_seconds(run)
         found |= measures.codec(run.root / "vae", study.held)
         extra["curve"] = [[r["step"], r["recon/psnr"]] for r in run.rows() if "recon/psnr" in r]
     if transformer is not None:
         run = trained(pretrain, transformer)
-        seconds["transformer"] = run.read_json("result.json")["seconds"]
+        seconds["transformer"] = training_seconds(run)
         made, more = measures.transformer(run.root / "model", study.held)
         found, extra = found | made, extra | more
     result = report(

@@ -127,7 +127,7 @@ class GeluShiftTransformer2DModel(QwenImage21Transformer2DModel, ModelMixin):
             num_attention_heads=num_attention_heads,
             context_in_dim=context_in_dim,
             mlp_ratio=mlp_ratio,
-            axes_dims_rope=axes_dims_rope,
+            axes_dims_rope=axes_dims_rope,  # pyright: ignore[reportArgumentType]  # a list from JSON
             eps=eps,
             causal_condition=causal_condition,
         )
