@@ -125,6 +125,15 @@ def test_other_settings_under_the_same_name_are_refused(fake):
     assert calls == [None]
 
 
+def test_seconds_of_training_are_those_of_the_steps(fake):
+    program, wanted, _, root = fake
+    run = trained(program, wanted)
+    rows = [{"step": 50, "seconds/step": 0.2}, {"step": 60, "recon/psnr": 9.0}]
+    rows += [{"step": 70, "seconds/step": 0.1}]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ablations.training_seconds(run) == pytest.approx(12.0)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A study of a few steps."""
