@@ -56,12 +56,13 @@ from rlhf.training import Average, Pace, open_run, train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Size of the transformer: width = heads * head_dim."""
+    """Size of the transformer: width = heads * head_dim. `block` gelu is `rlhf.models.gelu`."""
 
     layers: int = 6
     heads: int = 6
     head_dim: int = 32
     axes: tuple[int, int, int] | None = None  # rotary: frame, height, width; None: 1/4, 3/8, 3/8
+    block: tiny.TransformerBlock = "swiglu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,7 @@ def _policy(config: Config, device: str) -> QwenImage21Policy:
         context=encoder.config.text_config.hidden_size,
         latents=len(vae.config.latents_mean),
         axes=net.axes,
+        block=net.block,
     )
     processor = Qwen3VLProcessor.from_pretrained(condition / "processor")
     return QwenImage21Policy(tiny.assemble(vae, encoder, processor, transformer), how)

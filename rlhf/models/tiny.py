@@ -8,7 +8,7 @@ letters kept apart so that the letters of a sign are tokens of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from rlhf.models.autoencoder import Autoencoder, tiny_autoencoder
+from rlhf.models.gelu import GeluShiftTransformer2DModel
 
+TransformerBlock = Literal["swiglu", "gelu"]
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -138,12 +140,14 @@ def make_transformer(
     context: int = 128,
     latents: int = 64,
     axes: tuple[int, int, int] | None = None,
+    block: TransformerBlock = "swiglu",
 ) -> QwenImage21Transformer2DModel:
     """A `QwenImage21Transformer2DModel` of width heads * head_dim; of each head a quarter is the
-    frame axis, unless `axes` says how it is divided.
+    frame axis, unless `axes` says how it is divided. `block` gelu is `rlhf.models.gelu`.
     """
     side = 3 * head_dim // 8
-    return QwenImage21Transformer2DModel(
+    made = QwenImage21Transformer2DModel if block == "swiglu" else GeluShiftTransformer2DModel
+    return made(
         in_channels=latents,
         out_channels=latents,
         num_layers=layers,
