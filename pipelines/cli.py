@@ -149,7 +149,7 @@ PROGRAMS = (
     ),
     Program(
         "pretrain",
-        "train the condition encoder and transformer of the scenes base",
+        "train a condition encoder, or a transformer through phases and stages",
         ("rlhf pretrain --config pretrain/scenes",),
         resumable=True,
     ),

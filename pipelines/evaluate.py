@@ -62,7 +62,7 @@ class Config:
     out: str | None = None  # folder, for a model that is no run; evaluations/<model>
     id: str | None = None  # name of the file; evaluate, with slot and checkpoint where given
     parts: tuple[Part, ...] = ("recon", "objects", "portraits", "text", "edits", "axes")
-    levels: tuple[int, ...] = (3, 2, 1)  # of objects; a guidance is chosen on the first
+    levels: tuple[int, ...] = (2, 1, 3)  # of objects; a guidance is chosen on the first
     settings: tuple[Literal["guided", "w1", "steps4"], ...] = ("guided", "w1", "steps4")
     objects_split: Literal["heldout", "align-heldout"] = "align-heldout"
     n: int = 256

@@ -4,9 +4,9 @@
                 result.json            counts per operator and per reason
                 work/                  finished units, until the set is written
 
-Units are done in this process or by Ray actors (`workers`), through the same pool as pictures and
-timings: each worker loads tokenizers and models once and is then given unit after unit. A run
-killed at any moment continues with --resume to the same files and counts.
+Units are done in this process or by the actors of Ray Data (`workers`): each loads tokenizers and
+models once and is then given unit after unit; the unit of one that dies is done again. A run killed
+at any moment continues with --resume to the same files and counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from pipelines.data.sift import (
     write_kept,
 )
 from pipelines.data.sources import SourceConfig, open_source
-from rlhf.cluster.pool import Here, Pool, Workers
+from rlhf.cluster.base import threads
+from rlhf.cluster.dataflow import flow
 from rlhf.config import to_dict
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import sweep
@@ -127,21 +128,35 @@ def _sift(config: Config, work: Path, units: int) -> list[Tally]:
     todo = [i for i in range(units) if i not in done]
     if todo:
         build = partial(Sifter, config.sifting(), work.absolute())
-        pool: Workers = (
-            Pool(build, config.workers, config.threads, config.timeout_seconds, config.address)
+        units_done = (
+            flow(
+                build,
+                "unit",
+                todo,
+                workers=config.workers,
+                threads=config.threads,
+                timeout=config.timeout_seconds,
+                address=config.address,
+            )
             if config.workers
-            else Here(build, config.threads)
+            else _here(build, config.threads, todo)
         )
-        try:
-            units_done = pool.map("unit", todo)
-            for index, tally in track(units_done, "units", total=len(todo), transient=True):
-                done[index] = tally
-                _limit(config, list(done.values()), at_least=ENOUGH)
-        finally:
-            pool.close()
+        for index, tally in track(units_done, "units", total=len(todo), transient=True):
+            done[index] = tally
+            _limit(config, list(done.values()), at_least=ENOUGH)
     tallies = [done[i] for i in range(units)]
     _limit(config, tallies)
     return tallies
+
+
+def _here(
+    build: Callable[[], Sifter], count: int, todo: Sequence[int]
+) -> Iterator[tuple[int, Tally]]:
+    """The units one after the other in this process."""
+    with threads(count):
+        sifter = build()
+        for index in todo:
+            yield index, sifter.unit(index)
 
 
 def _broken(config: Config, tallies: list[Tally]) -> Counter[str]:

@@ -18,12 +18,12 @@ def test_a_model_is_measured_into_a_folder(tiny_base, tmp_path):
     result = evaluate.run(config)
     assert json.loads((tmp_path / "evaluate.json").read_text()) == result
     names = set(result["metrics"])
-    for kind in ("objects", "objects/level1", "portraits", "text", "edits"):
+    for kind in ("objects/level2", "objects/level1", "portraits", "text", "edits"):
         kinds = (f"{m}{s}" for m in ("strict", "soft") for s in ("", "/w1", "/steps4"))
         assert {f"heldout/{kind}/{name}" for name in kinds} | {f"chance/{kind}/strict"} <= names
-    assert {f"recon/{k}/strict" for k in ("objects", "portraits", "text")} <= names
+    assert {f"recon/{k}/strict" for k in ("objects/level2", "portraits", "text")} <= names
     assert {"recon/psnr", "recon/psnr_pca64", "heldout/edits/instruction/strict/w1"} <= names
-    assert {"sweep/objects/strict/guidance2", "sweep/objects/strict/guidance4"} <= names
+    assert {f"sweep/objects/level2/strict/guidance{w}" for w in (2, 4)} <= names
     assert result["metrics"]["sweep/best_guidance"]["value"] in (2.0, 4.0)
     assert not any("level3" in n for n in names if n.startswith("heldout"))
     for name, metric in result["metrics"].items():
@@ -31,8 +31,9 @@ def test_a_model_is_measured_into_a_folder(tiny_base, tmp_path):
             assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] >= 4
     sheets = {p.name for p in (tmp_path / "evaluate").glob("*.png")}
     assert sheets == {
-        "recon.png", "objects.png", "objects-level1.png", "portraits.png", "text.png", "edits.png"
-    }  # fmt: skip
+        f"{name}.png"
+        for name in ("recon", "objects-level2", "objects-level1", "portraits", "text", "edits")
+    }
     assert images.load_image(tmp_path / "evaluate" / "edits.png").std() > 0
 
 

@@ -1,5 +1,6 @@
 """Records of `rlhf data` as batches: sizes, layouts, what is broken, and what is made ahead."""
 
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -40,12 +41,13 @@ def write(path, rows):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Forty records of two sizes, every fourth an edit, every eighth from a source of another
-    shape; one picture and one caption are broken.
+    shape, numbers 12 and 36 from two sources; one picture and one caption are broken.
     """
     rows = []
     for n in range(40):
         data = png(n, 96, 96) if n % 3 else png(n, 64, 100)
         sources = () if n % 4 else (png(n + 50, 96, 96) if n % 8 else png(n + 50, 70, 64),)
+        sources += (png(n + 90, 70, 64),) * (n in (12, 36))
         one = row_of(record(data, f"number {n}" + " of many" * (n % 2), sources=sources), {})
         if n == BAD:
             one["image"] = {"bytes": data[:300], "path": None}
@@ -78,6 +80,7 @@ def test_records_come_at_the_size_of_their_bucket_and_every_fiftieth_is_held_out
     assert target.shape == (3, 96, 96) and [s.shape for s in sources] == [(3, 96, 96)]
     target, sources = found[7].pictures((96, 96))  # number 8, whose source has another shape
     assert target.shape == (3, 96, 96) and sources[0].shape[1:] in LADDER.rungs()[1]
+    assert len(found[11].pictures((96, 96))[1]) == 2  # number 12
     assert len({found[i].content() for i in range(39) if i + 1 not in (EMPTY,)}) == 38
 
 
@@ -124,6 +127,21 @@ def test_a_batch_does_not_depend_on_how_it_is_split(folder, policy):
         losses = [flow_matching(policy, half).item() for half in halves]
         together = sum(w * loss for w, loss in zip(weights, losses, strict=True))
         assert together == pytest.approx(flow_matching(policy, whole).item(), rel=1e-5)
+
+
+def test_two_sources_train_beside_one_and_both_are_read(folder, policy):
+    make = batches_of(folder, policy, edits=1.0)
+    examples = make.draws.examples_of(0)
+    step = next(s for s in range(1, 20) if {11, 35} & set(make.draws(s).index))
+    batch = make(make.draws(step))
+    counts_of = {len(examples[i].pictures(batch.size)[1]) for i in make.draws(step).index}
+    assert 2 in counts_of and math.isfinite(flow_matching(policy, batch).item())
+    longest = max(batch.parts, key=lambda part: part.condition.sources_PMC.shape[1])
+    losses = []
+    for sources in (longest.condition.sources_PMC, longest.condition.sources_PMC.roll(5, dims=1)):
+        moved = replace(longest, condition=replace(longest.condition, sources_PMC=sources))
+        losses.append(flow_matching(policy, replace(batch, parts=(moved,))).item())
+    assert losses[0] != losses[1]
 
 
 def test_dropped_prompts_keep_their_sources(folder, policy):

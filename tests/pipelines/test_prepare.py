@@ -5,7 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -13,9 +17,10 @@ import pytest
 from pipelines import prepare
 from pipelines.cli import main
 from pipelines.data.operators import OperatorConfig
-from pipelines.data.sift import Entry, Tally, decide
+from pipelines.data.sift import Entry, Sifter, Tally, decide, unit_folder
+from rlhf.cluster.dataflow import flow
 from rlhf.config import build, load, save_yaml
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ClusterError, ConfigError, DataError
 from tests.pipelines.pictures import folder, png, shards
 
 ROOT = Path(__file__).parents[2]
@@ -167,12 +172,68 @@ def test_a_run_that_ends_while_writing_the_set_continues(tmp_path, monkeypatch):
     assert outcome(run) == outcome(tmp_path / "runs/b")
 
 
+class DiesOnce(Sifter):
+    """Takes its process with it in the middle of unit 1, the first time."""
+
+    def __init__(self, mark: Path, *args: Any) -> None:
+        super().__init__(*args)
+        self.mark = mark
+
+    def unit(self, index: int) -> Tally:
+        if index == 1 and not self.mark.exists():
+            self.mark.touch()
+            unit_folder(self.work, index).with_name(f".{index:06d}.half").mkdir()
+            os._exit(1)
+        return super().unit(index)
+
+
+class Busy:
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.work = work
+
+    def go(self, number: int) -> Any:
+        return self.work(number)
+
+
 @pytest.mark.ray
 def test_two_workers_keep_what_one_keeps(tmp_path, ray_head):
     shards(tmp_path / "shards")
     prepare.run(config(tmp_path))
     prepare.run(config(tmp_path, name="two", workers=2))
     assert outcome(tmp_path / "runs/two") == outcome(tmp_path / "runs/a")
+
+
+@pytest.mark.ray
+def test_a_worker_that_dies_costs_nothing_but_time(tmp_path, ray_head, monkeypatch):
+    shards(tmp_path / "shards")
+    prepare.run(config(tmp_path))
+    monkeypatch.setattr(prepare, "Sifter", partial(DiesOnce, tmp_path / "died"))
+    prepare.run(config(tmp_path, name="two", workers=2))
+    assert (tmp_path / "died").exists()
+    assert outcome(tmp_path / "runs/two") == outcome(tmp_path / "runs/a")
+
+
+@pytest.mark.ray
+def test_what_a_worker_raises_arrives_as_it_is(tmp_path, ray_head):
+    shards(tmp_path / "shards")
+    first = sorted((tmp_path / "shards").glob("*.tar"))[0]
+    first.write_bytes(first.read_bytes()[:700])
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            prepare.run(config(tmp_path, name=f"w{workers}", workers=workers, max_broken=0.0))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("work", "timeout", "words"),
+    [(time.sleep, 5.0, "within 5 s, got none"), (divmod, 60.0, "a worker failed")],
+)
+def test_a_silent_or_broken_worker_is_an_error(ray_head, work, timeout, words):
+    with pytest.raises(ClusterError, match=words):
+        list(flow(partial(Busy, work), "go", [600, 601], workers=1, timeout=timeout))
 
 
 def test_the_set_that_was_written_can_be_filtered_again(tmp_path):
