@@ -61,7 +61,7 @@ class Arm:
     seeds: int = 2
 
 
-LARGER = ("network.layers=6", "pace.steps=1200", "learner.total_steps=1200")
+LARGER = ("network.layers=6", "pace.steps=1000", "learner.total_steps=1000")
 ARMS = (
     Arm(name="reference", transformer=()),  # global shortcut, loosened margins, no KL, no GAN
     Arm(name="shortcut-none", vae=("network.shortcut=none",)),

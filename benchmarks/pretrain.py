@@ -4,7 +4,7 @@
 
 Real: the optimiser's step with its batch, made in a thread a step ahead. Bare: forward and backward
 of the same batch, made beforehand. The two are measured in turn, stage by stage; efficiency is the
-ratio of their medians. `wait` is the share of the real time spent waiting for the batch: cold, when
+median of their ratios. `wait` is the share of the real time spent waiting for the batch: cold, when
 every example is encoded for the first time, and warm, from the cache.
 """
 
@@ -53,6 +53,8 @@ def measure(trainer: Trainer, ahead: Ahead[Batch], span: Span, repeats: int) -> 
     steps = range(span.first, min(span.last, span.first + repeats - 1) + 1)
     times: dict[str, list[float]] = defaultdict(list)
     sizes: dict[tuple[int, int], list[float]] = defaultdict(list)
+    if len(steps) < 3:
+        return {"skipped": f"a stage of {len(steps)} steps is too short to time"}
     for state in ("cold", "warm"):
         for step in steps:
             seconds, waited, draw = real(trainer, ahead, step)
@@ -84,6 +86,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
+    if options.repeats < 3:
+        parser.error(f"--repeats: expected at least 3, got {options.repeats}")
     config = configs.load(Config, options.config, options.overrides, "pretrain")
     torch.set_num_threads(config.threads)
     pace = replace(config.pace, micro_batches=1)

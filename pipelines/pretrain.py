@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from pipelines.data.buckets import Ladder
-from pipelines.data.examples import SCENE_SIDES
+from pipelines.data.examples import SCENE_SIDES, SceneItem
 from pipelines.data.held import Held
 from pipelines.data.loader import (
     Ahead,
@@ -69,7 +69,8 @@ class Network:
 class Config:
     """`vae` and `condition` are directories made by `rlhf vae` and by the condition stage. With
     `start`, a pipeline's directory or `scenes`, its parts are used and its transformer trained
-    further. `size`, `edits`, `data`, `mixture` and `captions` hold where no phase says otherwise.
+    further. `size`, `edits`, `data`, `mixture` and `captions` hold where no phase or stage says
+    otherwise.
     """
 
     stage: Literal["condition", "transformer"] = "transformer"
@@ -142,6 +143,17 @@ class Config:
             raise ConfigError(
                 "train=lora: expected weights to adapt, got none: write start=DIR, or train=full"
             )
+        if min(self.copies, self.examples) < 1 or self.shown < 0:
+            raise ConfigError(
+                f"expected copies and examples of at least 1 and shown of at least 0, got"
+                f" {self.copies}, {self.examples} and {self.shown}"
+            )
+        if 0 < self.learner.total_steps < self.pace.steps:
+            raise ConfigError(
+                f"learner.total_steps: expected at least pace.steps, {self.pace.steps}, got"
+                f" {self.learner.total_steps}: the rate would stay at its lowest; 0 keeps it"
+                " constant"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"dropout: expected a share below 1, got {self.dropout}: 0.1 is usual"
@@ -154,10 +166,17 @@ class Config:
         check_shares(settings.captions)
         check_mixture(settings.mixture)
         ladder.check()
-        if not settings.data and settings.edits > 0 and not settings.mixture.get("edits"):
+        if not 0 <= settings.edits <= 1:
             raise ConfigError(
-                f"stage {span.name}: expected edits in the mixture for a share of batches of"
-                f" {settings.edits}, got {dict(settings.mixture)}: change one of the two"
+                f"stage {span.name}: expected a share of edits of 0 to 1, got {settings.edits}"
+            )
+        kinds = {kind == "edits" for kind, share in settings.mixture.items() if share}
+        shares = {True: settings.edits, False: 1 - settings.edits}
+        wanted = {edits for edits, share in shares.items() if share}
+        if not settings.data and not wanted <= kinds:
+            raise ConfigError(
+                f"stage {span.name}: expected a mixture for a share of edits of {settings.edits},"
+                f" got {dict(settings.mixture)}: change one of the two"
             )
         sides = settings.resolutions
         if not settings.data and (self.aspects != (1.0,) or set(sides) - set(SCENE_SIDES)):
@@ -285,13 +304,15 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.spans = config, ranks, config.spans()
         self.policy = policy = _policy(config, ranks.device)
-        ladder, seed = config.ladder, config.seed + 3
-        self.draws = Draws(self.spans, ladder, config.examples, seed, token_counts(policy))
+        encoder = Encoder(policy, config.cache)
+        self.draws = Draws(
+            self.spans, config.ladder, config.examples, config.seed + 3, token_counts(encoder)
+        )
         self.draws.check()
         noising = Noising(
             seed=config.seed, copies=config.copies, dropout=config.dropout, shift=config.shift
         )
-        self.batches = Batches(self.draws, Encoder(policy, config.cache), noising)
+        self.batches = Batches(self.draws, encoder, noising)
         self.learner = Learner(
             policy.slots.parameters,
             config.learner,
@@ -318,7 +339,8 @@ def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
     policy, learner = trainer.policy, trainer.learner
     held = Held(trainer.draws, trainer.batches)
     with trainer.ahead() as ahead:
-        traffic = Traffic(ahead, trainer.batches.encoder)
+        encoder = trainer.batches.encoder
+        traffic = Traffic(ahead, encoder, ranks)
 
         def objective(draw: Draw) -> tuple[Tensor, dict[str, float]]:
             batch = ahead.get(draw)
@@ -331,7 +353,8 @@ def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
                 policy.slots.load("ema", average.tensors)
             slot = "ema" if average is not None else "train"
             if config.shown:
-                _sheet(config, policy, slot, home.samples / f"step_{step:06d}.png")
+                with encoder.lock:
+                    _sheet(config, policy, slot, home.samples / f"step_{step:06d}.png")
             return held.figures(span_at(trainer.spans, step), slot)
 
         average = train(
@@ -344,12 +367,13 @@ def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
             split=split_draw,
             figures=traffic.figures,
         )
+    totals = traffic.totals()
     with learner.gathered() as weights, torch.no_grad():
         if not ranks.is_first:
             return {}
         if average is not None:
             average.copy_to(weights)
-        figures = held.figures(trainer.spans[-1], "train") | traffic.totals()
+        figures = held.figures(trainer.spans[-1], "train") | totals
         if config.train == "lora":
             policy.export(str(home.root / "lora"), {n: p.detach() for n, p in weights.items()})
         else:
@@ -360,12 +384,12 @@ def _transformer(config: Config, home: Run, ranks: Ranks) -> dict[str, Any]:
 
 
 def _sheet(config: Config, policy: QwenImage21Policy, slot: str, path: Path) -> None:
-    """Pictures of held-out prompts, two seeds each."""
-    sampler = Sampler(steps=20, guidance=2.0, height=config.size, width=config.size)
+    """Pictures of held-out prompts, two seeds each, as large as scenes can be."""
+    side = min(config.size, max(SCENE_SIDES))
+    sampler = Sampler(steps=20, guidance=2.0, height=side, width=side)
     rows = []
     for i, one in enumerate(mixture(config.shown, config.seed + 4, "heldout")):
-        picture = one.source_picture(config.size)
-        sources = () if picture is None else (picture,)
+        sources = SceneItem(one).pictures((side, side))[1]
         made = sample(policy, sampler, one.caption, sources=sources, seeds=(i, i + 1000), slot=slot)
         rows.append(made.pixels)
     images.contact_sheet(list(torch.cat(rows).numpy()), columns=8).save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -84,13 +85,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+def _changed(path: Path) -> float:
+    """Time of the last change; a file that has been renamed meanwhile is new."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
 def sweep(folder: Path, older_than_s: float = 0.0) -> int:
     """Remove what killed writers left in `folder`, of that age in seconds; return how many entries
     went. With an age it can be called beside others that write there.
     """
     found = list(folder.glob(".*.tmp-*")) if folder.is_dir() else []
     latest = time.time() - older_than_s
-    leftovers = [p for p in found if not older_than_s or p.stat().st_mtime < latest]
+    leftovers = [p for p in found if not older_than_s or _changed(p) < latest]
     for item in leftovers:
         if item.is_dir():
             shutil.rmtree(item, ignore_errors=True)

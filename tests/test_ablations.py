@@ -70,7 +70,7 @@ def test_every_step_of_an_autoencoder_costs_as_many_pixels():
         if codec is None:
             continue
         assert {s.batch * s.size**2 for s in codec.curriculum.stages} == {8 * 64**2}
-        assert codec.pace.steps == codec.learner.total_steps == 1400
+        assert codec.pace.steps == codec.learner.total_steps == 1000
 
 
 def test_every_question_asks_about_arms_that_exist():

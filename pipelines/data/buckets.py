@@ -101,7 +101,8 @@ class Buckets:
 
     An epoch takes every example; its order is a permutation keyed by the epoch. Examples of one
     `layout` (a number each, such as the length of the caption) come together. Batches are full: the
-    last of a bucket takes its first examples a second time.
+    last of a bucket takes its first examples a second time. A bucket with too few for one batch
+    gives a smaller one, of the next multiple.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class Buckets:
             order = np.random.default_rng([41, self.seed, epoch, *size]).permutation(index)
             order = order[np.argsort(self.layouts[order], kind="stable")]
             full = self.ladder.batch_size(size)
+            if len(order) < full:
+                full = -(-len(order) // self.ladder.multiple) * self.ladder.multiple
             order = np.resize(order, -(-len(order) // full) * full)  # repeats from its start
             out += [
                 BucketBatch(size=size, index=tuple(map(int, order[i : i + full])))

@@ -1,6 +1,6 @@
 """What frozen encoders said of pictures and captions, kept on disk or in memory.
 
-    <folder>/<encoder>/<digest>.safetensors    some hundred values each, written once and renamed
+    <folder>/<encoder>/<digest>.safetensors    what was asked for at once, written and renamed
 
 An entry is found by a hash of what was encoded, in a directory named after a hash of the encoder's
 weights and preprocessing, so another encoder never sees it. Every tensor has its checksum in the

@@ -81,7 +81,8 @@ class SceneItem:
     def content(self) -> str:
         one = self.example
         source = "" if one.source is None else dump(one.source)
-        return content(one.caption, dump(one.target), source)
+        drawn = one.picture(SMALLEST)  # of another renderer it is another picture
+        return content(one.caption, dump(one.target), source, drawn)
 
     def pictures(self, size: Size) -> tuple[Picture, tuple[Picture, ...]]:
         side = size[0]
@@ -127,9 +128,9 @@ class RecordItem:
         return self.record.caption
 
     def content(self) -> str:
-        return content(
-            self.record.caption, self.record.picture.data, *(s.data for s in self.record.sources)
-        )
+        cut = f"{self.ladder.aspects}" if self.record.sources else ""  # see `pictures`
+        sources = (source.data for source in self.record.sources)
+        return content(self.record.caption, self.record.picture.data, cut, *sources)
 
     def pictures(self, size: Size) -> tuple[Picture, tuple[Picture, ...]]:
         whole = self.record.picture

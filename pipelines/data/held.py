@@ -29,7 +29,8 @@ class Held:
             draws = self.draws.held(span.number, EXAMPLES)
             noising = replace(self.batches.noising, dropout=0.0)
             make = Batches(draws, self.batches.encoder, noising)
-            self._open = span.number, [make(draws(step)) for step in range(1, BATCHES + 1)]
+            with self.batches.encoder.lock:
+                self._open = span.number, [make(draws(step)) for step in range(1, BATCHES + 1)]
         with activation_maxima(policy.transformer) as maxima:
             levels = loss_by_level(policy, self._open[1], LEVELS, slot)
         out = {"heldout/flow": sum(levels.values()) / len(levels)}

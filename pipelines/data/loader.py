@@ -88,6 +88,7 @@ class Draws:
         self.spans, self.ladder, self.examples = spans, ladder, examples
         self.seed, self.lengths, self._held = seed, lengths, held
         self._open: dict[int, tuple[Examples, dict[bool, Buckets]]] = {}
+        self._lock = threading.Lock()  # a batch is made in a thread while the next step is drawn
 
     def examples_of(self, stage: int) -> Examples:
         return self._opened(stage)[0]
@@ -109,11 +110,22 @@ class Draws:
                 seen.add(key)
 
     def held(self, stage: int, n: int) -> Draws:
-        """Those of a stage's held-out examples, `n` of them if they are scenes."""
-        only = replace(self.spans[stage], number=0, first=1, last=n)
-        return Draws((only,), self.ladder, n, self.seed + 2, self.lengths, held=True)
+        """Those of a stage's held-out examples, `n` of them if they are scenes, edits and others
+        from one row; each no larger than a micro-batch.
+        """
+        settings = replace(self.spans[stage].settings, edits=0.0)
+        only = replace(self.spans[stage], number=0, first=1, last=n, settings=settings)
+        return Draws((only,), self._part, n, self.seed + 2, self.lengths, held=True)
+
+    def _part(self, resolutions: tuple[int, ...]) -> Ladder:
+        ladder = self.ladder(resolutions)
+        return replace(ladder, budget=ladder.budget // ladder.multiple, multiple=1)
 
     def _opened(self, stage: int) -> tuple[Examples, dict[bool, Buckets]]:
+        with self._lock:
+            return self._open_stage(stage)
+
+    def _open_stage(self, stage: int) -> tuple[Examples, dict[bool, Buckets]]:
         if stage not in self._open:
             settings = self.spans[stage].settings
             ladder, seed = self.ladder(settings.resolutions), self.seed + 16 * stage
@@ -130,10 +142,15 @@ class Draws:
         return self._open[stage]
 
 
-def token_counts(policy: QwenImage21Policy) -> Callable[[Sequence[str]], Sequence[int]]:
-    """Lengths of captions in the policy's tokens."""
-    tokenizer = policy.pipeline.processor.tokenizer  # type: ignore[union-attr]
-    return lambda captions: [len(ids) for ids in tokenizer(list(captions))["input_ids"]]
+def token_counts(encoder: Encoder) -> Callable[[Sequence[str]], Sequence[int]]:
+    """Lengths of captions in the tokens of the encoder's policy."""
+    tokenizer = encoder.policy.pipeline.processor.tokenizer  # type: ignore[union-attr]
+
+    def lengths(captions: Sequence[str]) -> Sequence[int]:
+        with encoder.lock:
+            return [len(ids) for ids in tokenizer(list(captions))["input_ids"]]
+
+    return lengths
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -141,15 +158,18 @@ def token_counts(policy: QwenImage21Policy) -> Callable[[Sequence[str]], Sequenc
 
 class Encoder:
     """Values of examples by a policy's frozen parts: packed latents (N, C), the condition's tensors
-    and, for an edit, those of the empty prompt about the same sources.
+    and, for an edit, those of the empty prompt about the same sources. All on the CPU.
+
+    Tokenizers and autoencoders keep state while they work: whoever uses those of the policy while
+    batches are made in a thread holds `lock`.
     """
 
     def __init__(self, policy: QwenImage21Policy, folder: str | None) -> None:
         self.policy = policy
         self.cache = TensorCache(folder, _encoder_hash(policy)) if folder else MemoryCache()
-        self.empty = _tensors(policy.encode(""))
+        self.empty = {name: tensor.cpu() for name, tensor in _tensors(policy.encode("")).items()}
         self.seen = self.broken = 0
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def values(self, items: Sequence[Item | None], size: Size) -> list[Value | None]:
         """One each, None where a picture does not decode, which is counted.
@@ -159,7 +179,7 @@ class Encoder:
         """
         whole = [item for item in items if item is not None]
         keys = [f"{item.content()}-{size[0]}x{size[1]}" for item in whole]
-        with self._lock:
+        with self.lock:
             read = self.cache.fetch(keys, lambda index: [self._one(whole[i], size) for i in index])
         found = iter(read)
         out = [None if item is None else next(found) for item in items]
@@ -213,7 +233,7 @@ def _layout(value: Value) -> tuple[int, ...]:
     return value["embeds"].shape[1], *shapes
 
 
-def _condition(values: Sequence[Value], empty: Value | None) -> Condition:
+def _condition(values: Sequence[Value], empty: Value | None, device: torch.device) -> Condition:
     """Conditions of one layout together; with `empty` (of a prompt without sources), or where the
     values hold their own, those of the empty prompt.
     """
@@ -222,9 +242,9 @@ def _condition(values: Sequence[Value], empty: Value | None) -> Condition:
     texts = [empty] * len(values) if empty is not None and not words else values
     shapes = first["shapes"].tolist() if "shapes" in first else []
     return Condition(
-        embeds_PLD=torch.cat([one[f"{words}embeds"] for one in texts]),
-        image_slots_L=texts[0][f"{words}slots"],
-        sources_PMC=torch.cat([one["sources"] for one in values]) if shapes else None,
+        embeds_PLD=torch.cat([one[f"{words}embeds"] for one in texts]).to(device),
+        image_slots_L=texts[0][f"{words}slots"].to(device),
+        sources_PMC=torch.cat([one["sources"] for one in values]).to(device) if shapes else None,
         source_shapes=tuple((a, b, c) for a, b, c in shapes),
     )
 
@@ -285,7 +305,7 @@ class Batches:
             noise=torch.cat(eps).to(device),
             sigma=logit_normal(torch.cat(u), shift).to(device),
             condition=_condition(
-                [value for _, value in rows], self.encoder.empty if dropped else None
+                [value for _, value in rows], self.encoder.empty if dropped else None, device
             ),
         )
 
@@ -331,6 +351,8 @@ class Ahead(Generic[T]):
         """The batch, made now if nobody asked for it ahead. Raises what `make` raises."""
         began = time.monotonic()
         pending = self._pending.pop(draw, None)
+        for other in [one for one in self._pending if one.step != draw.step]:
+            self._pending.pop(other).cancel()  # the caller went elsewhere
         batch = (pending or self._worker.submit(self.make, draw)).result()
         self.waited += time.monotonic() - began
         if not self._pending:
@@ -356,6 +378,7 @@ class Traffic:
 
     ahead: Ahead[Batch]
     encoder: Encoder
+    ranks: Ranks
     tokens: Counter[Size] = field(default_factory=Counter)
     seconds: dict[Size, float] = field(default_factory=dict)
     _last: tuple[float, Size, int] | None = None
@@ -376,17 +399,17 @@ class Traffic:
         self._last = None
 
     def figures(self) -> dict[str, float]:
-        """Since the last call."""
+        """Since the last call; what is broken, of all ranks since they were started."""
         now, waited = time.monotonic(), self.ahead.waited
         share = (waited - self._waited) / (now - self._since)
         self._waited, self._since = waited, now
-        return {"data/wait": share, "data/broken": float(self.encoder.broken)}
+        return {"data/wait": share} | self.ranks.sum({"data/broken": float(self.encoder.broken)})
 
     def totals(self) -> dict[str, float]:
-        """Since the start of this process."""
+        """Since the start of this process; tokens and broken examples of all ranks."""
         rates = {
             f"tokens/s/{height}x{width}": self.tokens[height, width] / spent
             for (height, width), spent in sorted(self.seconds.items())
         }
-        ends = {"data/wait_seconds": self.ahead.waited, "data/broken": float(self.encoder.broken)}
-        return rates | ends
+        total = self.ranks.sum(rates | {"data/broken": float(self.encoder.broken)})
+        return total | {"data/wait_seconds": self.ahead.waited}

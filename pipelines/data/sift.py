@@ -90,7 +90,11 @@ class Sifter:
         ]
 
     def unit(self, index: int) -> Tally:
-        """Read, filter and write one unit. Raises DataError if it cannot be read."""
+        """Read, filter and write one unit, unless that was done. Raises DataError if it cannot be
+        read.
+        """
+        if unit_folder(self.work, index).is_dir():
+            return read_tally(self.work, index)
         broken, entries = Counter[str](), list[Entry]()
         with (
             atomic_directory(unit_folder(self.work, index)) as part,

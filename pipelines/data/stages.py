@@ -33,12 +33,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """`rate` is relative to the program's learning rate; `edits` the share of batches that are."""
+    """`rate` is relative to the program's learning rate; `edits` the share of batches that are,
+    None for the program's.
+    """
 
     name: str
     stages: tuple[Stage, ...]
     rate: float = 1.0
-    edits: float = 0.3
+    edits: float | None = None
 
     def check(self) -> None:
         if not self.stages or self.rate <= 0:
@@ -47,11 +49,9 @@ class Phase:
                 f" {self.rate}"
             )
         for stage in self.stages:
-            edits = self.edits if stage.edits is None else stage.edits
-            if stage.share <= 0 or not 0 <= edits <= 1:
+            if stage.share <= 0:
                 raise ConfigError(
-                    f"stage {stage.name}: expected share > 0 and edits of 0 to 1, got"
-                    f" {stage.share} and {edits}"
+                    f"stage {stage.name}: expected a share above 0, got {stage.share}"
                 )
 
 
@@ -112,7 +112,7 @@ def spans(phases: Sequence[Phase], steps: int, base: Settings) -> tuple[Span, ..
             )
         settings = Settings(
             resolutions=stage.resolutions or base.resolutions,
-            edits=phase.edits if stage.edits is None else stage.edits,
+            edits=next(e for e in (stage.edits, phase.edits, base.edits) if e is not None),
             data=stage.data or base.data,
             mixture=stage.mixture or base.mixture,
             captions=base.captions if stage.captions is None else stage.captions,

@@ -13,6 +13,8 @@ from typing import Any, cast
 from rewards.errors import RewardError
 from rlhf.errors import ClusterError
 
+RETRIES = 3  # of a piece whose worker died
+
 
 def flow(
     build: Callable[[], Any],
@@ -30,7 +32,7 @@ def flow(
     Ray. The method's own RewardError (and so every error of ours) comes back as it is.
 
     Raises:
-        ClusterError: no progress for `timeout` seconds, or Ray gave up.
+        ClusterError: no progress for `timeout` seconds, or a piece whose workers all died.
     """
     import ray.data
 
@@ -49,6 +51,7 @@ def flow(
             fn_constructor_kwargs={"build": build, "method": method, "threads": threads},
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
             num_cpus=1,
+            max_task_retries=RETRIES,
         )
         for row in _rows(done, timeout):
             number, (result, error) = int(row["number"]), pickle.loads(row["answer"])

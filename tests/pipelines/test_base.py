@@ -126,9 +126,10 @@ def test_the_result_is_a_stock_pipeline(config):
 
 def test_bf16_products_agree_with_float32(tiny_base, config):
     policy = load_policy(PolicyConfig(model=str(tiny_base), train="full"))
-    draws = Draws(config.spans(), config.ladder, 80, 5, token_counts(policy))
+    encoder = Encoder(policy, None)
+    draws = Draws(config.spans(), config.ladder, 80, 5, token_counts(encoder))
     noising = Noising(seed=0, copies=2, dropout=0.1, shift=None)
-    batch = Batches(draws, Encoder(policy, None), noising)(draws(1))
+    batch = Batches(draws, encoder, noising)(draws(1))
     losses = []
     for precision in ("float32", "bfloat16"):
         with mixed_precision(policy, precision):

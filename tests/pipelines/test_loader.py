@@ -1,6 +1,7 @@
 """Records of `rlhf data` as batches: sizes, layouts, what is broken, and what is made ahead."""
 
 import math
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,10 +13,19 @@ import torch
 from pipelines import pretrain
 from pipelines.data import loader
 from pipelines.data.buckets import Ladder
-from pipelines.data.examples import RecordExamples
-from pipelines.data.loader import Ahead, Batches, Draw, Draws, Encoder, Noising, split_draw
-from pipelines.data.loader import token_counts as counts
+from pipelines.data.examples import RecordExamples, SceneItem
+from pipelines.data.loader import (
+    Ahead,
+    Batches,
+    Draw,
+    Draws,
+    Encoder,
+    Noising,
+    split_draw,
+    token_counts,
+)
 from pipelines.data.records import row_of
+from pipelines.data.scenes import mixture
 from pipelines.data.sift import parquet
 from pipelines.data.stages import Settings, Span
 from rlhf.errors import ConfigError, DataError
@@ -65,9 +75,10 @@ def batches_of(folder, policy, edits=0.25, dropout=0.0, **changes):
         resolutions=LADDER.resolutions, edits=edits, data=str(folder), mixture={}, captions={}
     )
     span = Span(number=0, name="S", phase="P", first=1, last=99, rate=1.0, settings=settings)
-    draws = Draws((span,), lambda sides: LADDER, 0, 3, counts(policy))
+    encoder = Encoder(policy, None)
+    draws = Draws((span,), lambda sides: LADDER, 0, 3, token_counts(encoder))
     noising = Noising(seed=1, copies=2, dropout=dropout, shift=None)
-    return Batches(draws, Encoder(policy, None), replace(noising, **changes))
+    return Batches(draws, encoder, replace(noising, **changes))
 
 
 def test_records_come_at_the_size_of_their_bucket_and_every_fiftieth_is_held_out(folder):
@@ -270,6 +281,50 @@ def test_the_next_batch_is_made_while_this_one_trains():
         waited = ahead.waited
     assert sorted(made) == [(s, f) for s in (1, 2, 3) for f in (0, 1)]  # each once, no more
     assert threads == {"batches"} and 0.05 <= waited < 0.25  # the first step's alone
+
+
+def test_looking_ahead_goes_on_after_a_jump():
+    made = []
+
+    def make(one):
+        made.append(one.step)
+        return one
+
+    with Ahead(make, lambda step: [draw(step)]) as ahead:
+        for step in (1, 2, 7, 8, 9):
+            assert ahead.get(draw(step)) == draw(step)
+            time.sleep(0.05)
+    assert made == [1, 2, 3, 7, 8, 9, 10]
+
+
+def test_tokens_are_counted_while_a_thread_encodes(policy):
+    encoder, stop = Encoder(policy, None), threading.Event()
+    item = SceneItem(next(e for e in mixture(40, 0, "train") if e.source is not None))
+    count = token_counts(encoder)
+    captions = ["a", "a red ring above a blue square on white"]
+    wanted = count(captions)
+
+    def encode():
+        while not stop.is_set():
+            with encoder.lock:  # what `values` does
+                encoder._one(item, (64, 64))
+
+    other = threading.Thread(target=encode)
+    other.start()
+    try:
+        assert all(count(captions) == wanted for _ in range(200))
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_held_out_batches_are_all_different_and_no_larger_than_a_part(policy):
+    config = pretrain.Config(edits=0.45, batch=16, pace=Pace(steps=9, micro_batches=2))
+    encoder = Encoder(policy, None)
+    draws = Draws(config.spans(), config.ladder, 99, 3, token_counts(encoder)).held(0, 64)
+    found = [draws(step).index for step in range(1, 9)]
+    assert len({i for index in found for i in index}) == 64
+    assert {len(index) for index in found} == {8}
 
 
 def test_an_error_made_ahead_is_raised_where_the_batch_is_wanted():

@@ -213,6 +213,15 @@ def test_a_worker_that_dies_costs_nothing_but_time(tmp_path, ray_head, monkeypat
     assert outcome(tmp_path / "runs/two") == outcome(tmp_path / "runs/a")
 
 
+def test_a_finished_unit_is_not_done_again(tmp_path, monkeypatch):
+    shards(tmp_path / "shards")
+    made = config(tmp_path)
+    sifter = Sifter(made.sifting(), tmp_path)
+    first = sifter.unit(0)
+    monkeypatch.setattr(sifter, "_sift", lambda items: pytest.fail("read again"))
+    assert sifter.unit(0) == first
+
+
 @pytest.mark.ray
 def test_what_a_worker_raises_arrives_as_it_is(tmp_path, ray_head):
     shards(tmp_path / "shards")
@@ -229,7 +238,11 @@ def test_what_a_worker_raises_arrives_as_it_is(tmp_path, ray_head):
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("work", "timeout", "words"),
-    [(time.sleep, 5.0, "within 5 s, got none"), (divmod, 60.0, "a worker failed")],
+    [
+        (time.sleep, 5.0, "within 5 s, got none"),
+        (divmod, 60.0, "a worker failed"),
+        (os._exit, 120.0, "a worker failed"),
+    ],
 )
 def test_a_silent_or_broken_worker_is_an_error(ray_head, work, timeout, words):
     with pytest.raises(ClusterError, match=words):

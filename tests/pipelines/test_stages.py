@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from pipelines import pretrain
 from pipelines.data.stages import Phase, Stage, span_at
+from rlhf.config import load
 from rlhf.errors import ConfigError
-from rlhf.learner import LearnerConfig
+from rlhf.learner import Learner, LearnerConfig
 from rlhf.training import Pace
 
 PHASES = (
@@ -158,7 +159,11 @@ def test_a_cache_on_disk_changes_nothing_and_is_used_again(whole, monkeypatch):
             {"phases": (), "size": 32, "batch": 3, "pace": Pace(steps=9, micro_batches=4)},
             "room for 4 pictures",
         ),
-        ({"phases": (), "mixture": {"text": 1.0}}, "expected edits in the mixture"),
+        ({"phases": (), "mixture": {"text": 1.0}}, "expected a mixture for a share of edits"),
+        ({"phases": (), "mixture": {"edits": 1.0}}, "expected a mixture for a share of edits"),
+        ({"phases": (), "edits": 1.5}, "share of edits of 0 to 1, got 1.5"),
+        ({"copies": 0}, "copies and examples of at least 1"),
+        ({"learner": LearnerConfig(total_steps=50)}, "at least pace.steps, 90, got 50"),
         ({"batch": 2}, "room for 1 pictures of 36 latent tokens, got 32"),
     ],
     ids=str,
@@ -168,5 +173,21 @@ def test_impossible_curricula_are_refused(changes, words):
         settled(**({"steps": 90} | changes)).check()
     with pytest.raises(ConfigError, match="expected stages and a rate"):
         Phase(name="x", stages=()).check()
-    with pytest.raises(ConfigError, match="share > 0 and edits"):
-        Phase(name="x", stages=(Stage(name="a", edits=2.0),)).check()
+    with pytest.raises(ConfigError, match="a share above 0"):
+        Phase(name="x", stages=(Stage(name="a", share=0.0),)).check()
+
+
+def test_edits_of_a_phase_are_the_programs_where_it_says_nothing():
+    phases = (Phase(name="x", stages=(Stage(name="a"), Stage(name="b", edits=0.1))),)
+    found = settled(phases=phases, edits=0.6, steps=90).spans()
+    assert [span.settings.edits for span in found] == [0.6, 0.1]
+
+
+@pytest.mark.parametrize("name", ["pretrain/ladder", "pretrain/qwen"])
+def test_the_rate_of_the_shipped_curricula_falls_by_phase_alone(name):
+    config = load(pretrain.Config, name, [], "pretrain")
+    weights = {"w": torch.nn.Parameter(torch.zeros(1))}
+    learner = Learner(weights, config.learner)
+    for span in config.spans():
+        learner.steps = max(span.first - 1, config.learner.warmup_steps)
+        assert learner.rate() == pytest.approx(config.learner.lr)

@@ -1,12 +1,11 @@
 """The pretraining objective: what the network sees, what it is asked for, how rows are counted."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from rlhf.flow import Batch, Part, flow_errors, flow_matching, loss_by_level
 from rlhf.policies.base import Condition
+from rlhf.policies.qwen_image21 import QwenImage21Policy
 
 SIZE = (32, 32)
 CONDITION = Condition(
@@ -14,8 +13,11 @@ CONDITION = Condition(
 )
 
 
-class Recorder(SimpleNamespace):
+class Recorder(QwenImage21Policy):
     """Answers with `answer(x, sigma)` and keeps what it was shown."""
+
+    def __init__(self, answer):
+        self.answer = answer
 
     def prefix(self, condition, slot):
         return None
