@@ -13,8 +13,6 @@ from typing import Any, cast
 from rewards.errors import RewardError
 from rlhf.errors import ClusterError
 
-RETRIES = 3  # of a piece whose worker died
-
 
 def flow(
     build: Callable[[], Any],
@@ -32,7 +30,7 @@ def flow(
     Ray. The method's own RewardError (and so every error of ours) comes back as it is.
 
     Raises:
-        ClusterError: no progress for `timeout` seconds, or a piece whose workers all died.
+        ClusterError: no progress for `timeout` seconds, or the method raised an error not ours.
     """
     import ray.data
 
@@ -51,7 +49,6 @@ def flow(
             fn_constructor_kwargs={"build": build, "method": method, "threads": threads},
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
             num_cpus=1,
-            max_task_retries=RETRIES,
         )
         for row in _rows(done, timeout):
             number, (result, error) = int(row["number"]), pickle.loads(row["answer"])
@@ -66,7 +63,7 @@ def flow(
 def _rows(done: Any, timeout: float) -> Iterator[dict[str, Any]]:
     from ray.data.exceptions import ExecutionTimeoutError
 
-    rows = done.iter_rows()
+    rows = iter(done.iter_rows())
     while True:
         try:
             row = next(rows)
@@ -74,8 +71,8 @@ def _rows(done: Any, timeout: float) -> Iterator[dict[str, Any]]:
             return
         except ExecutionTimeoutError as error:
             raise ClusterError(
-                f"expected a result within {timeout:.0f} s, got none: raise timeout_seconds, or"
-                " make the pieces smaller"
+                f"expected a result within {timeout:.0f} s, got none: a piece hangs, kills every"
+                " worker that tries it, or takes longer; then raise timeout_seconds"
             ) from error
         except Exception as error:
             raise ClusterError(f"a worker failed: {error}") from error

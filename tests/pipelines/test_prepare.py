@@ -241,7 +241,7 @@ def test_what_a_worker_raises_arrives_as_it_is(tmp_path, ray_head):
     [
         (time.sleep, 5.0, "within 5 s, got none"),
         (divmod, 60.0, "a worker failed"),
-        (os._exit, 120.0, "a worker failed"),
+        (os._exit, 8.0, "within 8 s, got none"),
     ],
 )
 def test_a_silent_or_broken_worker_is_an_error(ray_head, work, timeout, words):
