@@ -84,9 +84,9 @@ def policies(tiny_base):
 def batches(policies):
     """The first batch of four examples, whole and in halves, encoded by one policy."""
     one = Config(start="tiny", batch=4, copies=2)
-    draws = Draws(one.spans(), one.ladder, 60, 3, token_counts(policies[0]))
-    noising = Noising(seed=0, copies=2, dropout=0.1, shift=None)
-    make = Batches(draws, Encoder(policies[0], None), noising)
+    encoder = Encoder(policies[0], None)
+    draws = Draws(one.spans(), one.ladder, 60, 3, token_counts(encoder))
+    make = Batches(draws, encoder, Noising(seed=0, copies=2, dropout=0.1, shift=None))
     return make(draws(1)), [make(half) for half in split_draw(draws(1), 2)]
 
 
