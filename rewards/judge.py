@@ -76,8 +76,10 @@ def run_judge(judge: Judge, samples: Sequence[Sample], retries: int = 1) -> list
     for sample in samples:
         if not card.covers(sample.category):
             answers.append(not_applicable(f"{card.name} does not judge {sample.category}"))
-        elif card.needs_source and not sample.sources:
+        elif "source" in card.needs and not sample.sources:
             answers.append(not_applicable(f"{card.name} needs a source picture"))
+        elif "mask" in card.needs and sample.columns.get("mask") is None:
+            answers.append(not_applicable(f"{card.name} needs a column `mask`"))
         else:
             answers.append(None)
     asked = [i for i, answer in enumerate(answers) if answer is None]
@@ -172,7 +174,7 @@ def _import(place: str) -> Any:
 
 
 def _oracle(axis: str) -> Judge:
-    from rewards.fidelity import OracleJudge
+    from rewards.scenes.judge import OracleJudge
     from rewards.scenes.oracle import AXES
 
     if axis not in AXES:

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from rewards.errors import JudgeError, RewardConfigError
 
 State = Literal["ok", "na", "failed"]
+Need = Literal["source", "face", "mask"]  # what a judge cannot do without, beside the picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class Score:
     state: State = "ok"
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)  # what the value was made of
+    flags: tuple[str, ...] = ()  # what a reader should know: "truncated", "downscaled", ...
 
     def __post_init__(self) -> None:
         if self.state not in ("ok", "na", "failed"):
@@ -73,18 +75,59 @@ def failed(reason: str) -> Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A rising map from what a model says to what the judge answers: straight between knots, flat
+    beyond the first and the last, and without knots the identity.
+
+    Raises:
+        RewardConfigError: knots that do not rise in both coordinates.
+    """
+
+    raw: tuple[float, ...] = ()
+    value: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.raw, self.raw[1:], strict=False))
+        rising &= all(a <= b for a, b in zip(self.value, self.value[1:], strict=False))
+        if len(self.raw) != len(self.value) or len(self.raw) == 1 or not rising:
+            raise RewardConfigError(
+                f"expected no knots or two and more that rise, got {self.raw} -> {self.value}:"
+                " fit the calibration again"
+            )
+
+    def __call__(self, raw: float) -> float:
+        """The calibrated value of a raw one; NaN stays NaN."""
+        if not self.raw or math.isnan(raw):
+            return raw
+        return float(np.interp(raw, self.raw, self.value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeCard:
-    """Who judges: name, revision of weights, hash of preprocessing, range of scores."""
+    """Who judges, of what, on which scale, and what is known of it.
+
+    `low` to `high` is the range of scores, and `better` says which end is the good one.
+    `noise_floor` is the spread of scores that means nothing (standard deviation of re-scoring; see
+    the advantages). `text_tokens` and `pixels` are the longest prompt and the longest side that the
+    model sees; what is longer is cut or scaled down, and flagged. `temperature` makes a probability
+    of two scores: P(a better than b) = sigmoid((a - b) / temperature), 0 where nobody fitted it.
+    """
 
     name: str
     revision: str
     preprocessing: str
     categories: tuple[str, ...] = ("*",)  # "*" is all
+    needs: tuple[Need, ...] = ()
     low: float = 0.0
     high: float = 1.0
-    noise_floor: float = 0.0  # spread of scores that means nothing; see the advantages
-    needs_source: bool = False
+    better: Literal["higher", "lower"] = "higher"
+    noise_floor: float = 0.0
+    temperature: float = 0.0
+    calibration: Calibration = field(default_factory=Calibration)
+    text_tokens: int | None = None
+    pixels: int | None = None
     licence: str = "Apache-2.0"
+    commercial: bool = True  # whether the licence of the weights allows commercial use
 
     def __post_init__(self) -> None:
         if not self.low < self.high or self.noise_floor < 0:

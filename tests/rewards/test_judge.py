@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rewards.errors import JudgeError, RewardConfigError
-from rewards.fidelity import OracleJudge
+from rewards.scenes.judge import OracleJudge
 from rewards.judge import FunctionJudge, Judge, load_judge, run_judge
 from rewards.scenes import world
 from rewards.scenes.oracle import AXES
@@ -97,7 +97,7 @@ def test_retries_are_bounded_and_come_before_single_samples():
 def test_what_a_judge_is_not_made_for_is_na_and_never_asked():
     judge = Stub(categories=("edits",))
     assert [s.state for s in run_judge(judge, _ask("1", "raise"))] == ["na", "na"]
-    judge = Stub(needs_source=True)
+    judge = Stub(needs=("source",))
     assert [s.state for s in run_judge(judge, _ask("1"))] == ["na"]
     assert judge.calls == [] and run_judge(judge, []) == []
 
@@ -152,7 +152,7 @@ def test_load_judge_by_each_form(tmp_path):
     assert load_judge("oracle/portrait").card.name == "oracle/portrait"
     assert load_judge("oracle/fidelity").card.categories == ("*",)
     (tmp_path / "mine.py").write_text(
-        "from rewards.fidelity import OracleJudge\n"
+        "from rewards.scenes.judge import OracleJudge\n"
         "def bright(images, prompts, sources):\n    return [0.25] * len(prompts)\n"
         "ready = OracleJudge('aesthetics')\nnumber = 3\n"
     )
