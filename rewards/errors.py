@@ -3,6 +3,7 @@
 RewardError
     + RewardConfigError (ValueError)   a judge's name, card or setting is wrong
     + JudgeError (RuntimeError)        a judge failed, or returned something that is not a score
+    + DataError (ValueError)           judgements of people do not fit the schema, or a split leaks
     + ImageError (ValueError)          pixels have the wrong layout, dtype or size, or a file is no
     picture
 
@@ -21,6 +22,10 @@ class RewardConfigError(RewardError, ValueError):
 
 class JudgeError(RewardError, RuntimeError):
     """A judge failed, or returned something that is not a score."""
+
+
+class DataError(RewardError, ValueError):
+    """Judgements that do not fit the schema, or splits that share prompts or pictures."""
 
 
 class ImageError(RewardError, ValueError):
