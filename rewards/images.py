@@ -82,6 +82,24 @@ def crop_to(
     return from_pil(covered)
 
 
+def letterbox(chw: Picture, side: int) -> Picture:
+    """A picture as a square of `side` pixels: its longest side scaled to fit, the rest black on
+    both ends. One of that size already is returned as it is; whole multiples are averaged over area.
+    """
+    _, height, width = chw.shape
+    if height == width == side:
+        return chw
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    even = height % side == 0 and width % side == 0
+    how = Image.Resampling.BOX if even else Image.Resampling.BICUBIC
+    small = np.asarray(to_pil(chw).resize(size, how)).transpose(2, 0, 1)
+    out = np.zeros((3, side, side), np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    out[:, top : top + size[1], left : left + size[0]] = small
+    return out
+
+
 def within(image: Image.Image, largest: int, multiple: int) -> Picture:
     """A picture as it is, its middle in whole multiples of pixels; scaled down first if a side is
     longer than `largest`. Raises ImageError if a side is shorter than one multiple.

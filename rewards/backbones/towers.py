@@ -1,0 +1,210 @@
+"""open_clip's image and text tower, opened to their tokens.
+
+A folder in open_clip's layout (open_clip_config.json, weights, tokenizer), or a hub id, gives the
+two towers; judges put heads on the tokens or on the pooled features. Pictures are letterboxed to the
+tower's size, never cropped. While nothing is trained, tokens of a picture or a prompt are kept, so
+the judges of a panel that share towers pay for them once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from rewards.errors import RewardConfigError
+from rewards.images import letterbox
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+KEPT = 2048  # pictures or prompts whose tokens are remembered
+Picture = UInt8[np.ndarray, "3 _ _"]
+
+
+def identifier(source: str) -> str:
+    """open_clip's name of a folder or hub id. Raises RewardConfigError for what is neither."""
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return source
+    if (Path(source) / CONFIG).is_file():
+        return f"local-dir:{source}"
+    if Path(source).exists() or source.count("/") != 1:
+        raise RewardConfigError(
+            f"towers: expected a folder with {CONFIG} or a hub id such as"
+            f" laion/CLIP-ViT-B-32-laion2B-s34B-b79K, got '{source}'"
+        )
+    return f"hf-hub:{source}"
+
+
+class Towers(nn.Module):
+    """`image_tokens` and `text_tokens` for heads; `embed` for scores by cosine."""
+
+    def __init__(self, clip: nn.Module, tokenizer: Any, source: str = "") -> None:
+        super().__init__()
+        self.clip: Any = clip
+        self.tokenizer = tokenizer
+        self.source = source
+        side = clip.visual.image_size  # type: ignore[union-attr]
+        self.side: int = side[0] if isinstance(side, tuple | list) else side
+        self.context: int = tokenizer.context_length
+        for part in ("mean", "std"):
+            values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)
+            self.register_buffer(part, values, persistent=False)
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of image and of text tokens."""
+        return self.clip.visual.transformer.width, self.clip.token_embedding.weight.shape[1]
+
+    # --- what goes in -----------------------------------------------------------------------------
+
+    def pixels(self, images: Sequence[Picture]) -> Float[Tensor, "b 3 s s"]:
+        """Pictures of any size as the image tower takes them."""
+        same = np.stack([letterbox(image, self.side) for image in images])
+        batch = torch.from_numpy(same).to(self.mean.device, torch.float32) / 255  # type: ignore
+        return (batch - self.mean) / self.std
+
+    def tokens(self, texts: Sequence[str]) -> Int[Tensor, "b c"]:
+        """Token ids, cut and padded to the context length."""
+        return self.tokenizer(list(texts)).to(self.mean.device)
+
+    def truncated(self, text: str) -> bool:
+        """Whether a prompt is longer than the text tower reads (only the cheap test is exact)."""
+        if len(text) + 2 <= self.context:  # at most a token a character
+            return False
+        longer = self.tokenizer([text], self.context + 1)
+        return bool((longer[0] != 0).sum() > self.context)
+
+    # --- what comes out ---------------------------------------------------------------------------
+
+    def image_tokens(self, images: Sequence[Picture]) -> Float[Tensor, "b n d"]:
+        """The image tower's last tokens, in reading order."""
+        return self._remember("image", images, _key_of_image, self._image_tokens)
+
+    def text_tokens(
+        self, texts: Sequence[str]
+    ) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
+        """The text tower's last tokens, and which of them are there (the rest is padding)."""
+        ids = self.tokens(texts)
+        found = self.clip.forward_intermediates(
+            text=ids, text_indices=1, normalize_intermediates=True, output_logits=False
+        )
+        used = ids != 0
+        longest = max(1, int(used.sum(1).max()))
+        return found["text_intermediates"][-1][:, :longest], used[:, :longest]
+
+    def _image_tokens(self, images: Sequence[Picture]) -> Tensor:
+        found = self.clip.visual.forward_intermediates(
+            self.pixels(images),
+            indices=1,
+            output_fmt="NLC",
+            normalize_intermediates=True,
+        )
+        return found["image_intermediates"][-1]
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Picture], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit features (B, D) of pictures and of prompts; their product is CLIP's cosine."""
+        pictures = self.clip.encode_image(self.pixels(images), normalize=True)
+        return pictures, self.clip.encode_text(self.tokenizer(list(texts)), normalize=True)
+
+    def _remember(self, kind: str, items: Sequence[Any], key_of: Any, compute: Any) -> Tensor:
+        if torch.is_grad_enabled() or self.training:
+            return compute(items)
+        keys = [(kind, key_of(item)) for item in items]
+        new = {k: item for k, item in zip(keys, items, strict=True) if k not in self._kept}
+        if new:
+            for key, tokens in zip(new, compute(list(new.values())), strict=True):
+                self._kept[key] = tokens
+        found = torch.stack([self._kept[key] for key in keys])
+        for key in keys:
+            self._kept.move_to_end(key)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def forget(self) -> None:
+        """Drop what is remembered; call it after weights changed."""
+        self._kept.clear()
+
+
+def _key_of_image(image: Picture) -> bytes:
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
+    digest.update(repr(image.shape).encode())
+    return digest.digest()
+
+
+def open_towers(source: str, device: torch.device | str = "cpu") -> Towers:
+    """Towers from a folder or hub id, in fp32.
+
+    Raises:
+        RewardConfigError: neither of the two, or towers of another make than heads can read.
+    """
+    name = identifier(source)
+    clip = open_clip.create_model(name, precision="fp32", device=device)
+    for part, what in ((clip, "forward_intermediates"), (clip.visual, "transformer")):
+        if not hasattr(part, what):
+            raise RewardConfigError(
+                f"towers: expected open_clip's own vision transformer, got {type(part).__name__}"
+                f" in '{source}': choose a ViT without timm"
+            )
+    tokenizer = open_clip.get_tokenizer(name)
+    return Towers(clip, tokenizer, source).eval().to(device)
+
+
+def new_towers(config: Mapping[str, Any], texts: Sequence[str], folder: Path) -> Towers:
+    """Fresh towers of a configuration (open_clip's `model_cfg`) with a byte-level BPE of `texts`,
+    written to `folder` and opened. Weights are drawn from torch's generator.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(texts, config["text_cfg"]["vocab_size"], folder)
+    head = {"model_cfg": dict(config), "preprocess_cfg": STATISTICS}
+    (folder / CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+    clip = open_clip.CLIP(**config)
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / WEIGHTS)
+    return open_towers(str(folder))
+
+
+def write_tokenizer(texts: Sequence[str], size: int, folder: Path) -> None:
+    """A byte-level BPE trained on `texts`, as open_clip's HFTokenizer opens it: <pad> is 0, and
+    <eot>, behind every text, is 1.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<eot>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="$A <eot>", special_tokens=[("<eot>", 1)]
+    )
+    special = {"pad_token": "<pad>", "eos_token": "<eot>"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(folder)
+
+
+def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights beside the configuration and tokenizer of the folder they were opened from."""
+    origin = Path(towers.source.removeprefix("local-dir:"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (CONFIG, "tokenizer.json", "tokenizer_config.json"):
+        if (origin / file).is_file() and origin != folder:
+            shutil.copyfile(origin / file, folder / file)
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in towers.clip.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)

@@ -1,0 +1,230 @@
+"""What stands on two towers and answers: logits over the levels 1..L of a scale.
+
+The answer is read as an expectation, E = sum_l l p_l, as arXiv:2606.27608 reads the score tokens of
+its judges. `MlpHead` stands on pooled features (after LAION's aesthetic predictor, with the
+non-linearity that one lacks), `FusionHead` lets a few queries and the words of the prompt look at
+the patches (after the cross-attention of MPS, arXiv:2405.14705), `RegionHead` answers for each patch
+of a source picture whether an instruction touches it, `FaceHead` is an embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rewards.errors import RewardConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfig:
+    """`text` and `source`: whether the head sees the prompt and the source picture."""
+
+    kind: Literal["fusion", "mlp", "region", "face"] = "fusion"
+    text: bool = True
+    source: bool = False
+    width: int = 96
+    depth: int = 2
+    levels: int = 5
+
+    def check(self) -> None:
+        if self.levels < 2 or self.depth < 1 or self.width % 32:
+            raise RewardConfigError(
+                f"head: expected at least 2 levels, 1 layer and a width in multiples of 32, got"
+                f" {self.levels}, {self.depth} and {self.width}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What towers made of a batch of samples; None is what no head asked for."""
+
+    image: Float[Tensor, "b n d"]
+    source: Float[Tensor, "b n d"] | None = None
+    text: Float[Tensor, "b l e"] | None = None
+    words: Bool[Tensor, "b l"] | None = None  # which text tokens are there
+
+    def rows(self, index: Tensor) -> Tokens:
+        """The tokens of some samples."""
+        parts = (self.image, self.source, self.text, self.words)
+        image, source, text, words = (None if p is None else p[index] for p in parts)
+        assert image is not None
+        return Tokens(image=image, source=source, text=text, words=words)
+
+
+def expectation(logits: Float[Tensor, "*b l"]) -> Float[Tensor, "*b"]:
+    """E = sum_l l softmax(logits)_l in [1, L], in fp32."""
+    levels = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=torch.float32)
+    return logits.float().softmax(-1) @ levels
+
+
+class Attention(nn.Module):
+    """Queries look at a memory, with heads of 32; written out, which is faster than the fused
+    kernel for short sequences on a CPU.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // 32
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b q w"],
+        memory: Float[Tensor, "b m w"],
+        there: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b q w"]:
+        q = self.q(x).unflatten(-1, (self.heads, 32)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(-1, (2, self.heads, 32)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / 32**0.5
+        if there is not None:
+            scores = scores.masked_fill(~there[:, None, None], -1e9)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Queries look at each other, at the memory, and think."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own, self.other = Attention(width), Attention(width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.think = nn.Sequential(
+            nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)
+        )
+
+    def forward(
+        self, x: Tensor, memory: Tensor, there: Tensor | None, seen: Tensor | None = None
+    ) -> Tensor:
+        y = self.norms[0](x)
+        x = x + self.own(y, y, there)
+        x = x + self.other(self.norms[1](x), memory, seen)
+        return x + self.think(self.norms[2](x))
+
+
+class FusionHead(nn.Module):
+    """Four queries and the prompt's tokens read the patches of the picture (and of the source)."""
+
+    QUERIES = 4
+
+    def __init__(self, config: HeadConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.queries = nn.Parameter(torch.randn(self.QUERIES, width) * 0.02)
+        self.image = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
+        self.text = nn.Linear(text_width, width) if config.text else None
+        self.which = nn.Parameter(torch.randn(2, width) * 0.02)  # picture, source
+        self.layers = nn.ModuleList(Layer(width) for _ in range(config.depth))
+        self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.levels))
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
+        count = len(tokens.image)
+        memory = self.image(tokens.image) + self.which[0]
+        if self.config.source:
+            assert tokens.source is not None
+            memory = torch.cat([memory, self.image(tokens.source) + self.which[1]], 1)
+        x, there = self.queries.expand(count, -1, -1), None
+        if self.text is not None:
+            assert tokens.text is not None and tokens.words is not None
+            x = torch.cat([x, self.text(tokens.text)], 1)
+            there = F.pad(tokens.words, (self.QUERIES, 0), value=True)
+        for layer in self.layers:
+            x = layer(x, memory, there)
+        return self.answer(x[:, : self.QUERIES].mean(1))
+
+
+class MlpHead(nn.Module):
+    """Two layers over the mean tokens of picture, source and prompt."""
+
+    def __init__(self, config: HeadConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config = config
+        wide = image_width * (1 + config.source) + text_width * config.text
+        self.net = nn.Sequential(
+            nn.LayerNorm(wide), nn.Linear(wide, config.width), nn.GELU(),
+            nn.Linear(config.width, config.levels),
+        )  # fmt: skip
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
+        parts = [tokens.image.mean(1)]
+        if self.config.source:
+            assert tokens.source is not None
+            parts.append(tokens.source.mean(1))
+        if self.config.text:
+            assert tokens.text is not None and tokens.words is not None
+            there = tokens.words.unsqueeze(-1)
+            parts.append((tokens.text * there).sum(1) / there.sum(1))
+        return self.net(torch.cat(parts, -1))
+
+
+class RegionHead(nn.Module):
+    """For each patch of the source, a logit that the instruction touches it. The output picture is
+    not looked at: what it changed does not excuse it.
+    """
+
+    def __init__(self, config: HeadConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.image = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
+        self.text = nn.Linear(text_width, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(config.depth))
+        self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b n"]:
+        assert tokens.source is not None and tokens.text is not None
+        x, memory = self.image(tokens.source), self.text(tokens.text)
+        for layer in self.layers:
+            x = layer(x, memory, None, tokens.words)
+        return self.answer(x).squeeze(-1)
+
+
+class FaceHead(nn.Module):
+    """An embedding of whose face a picture shows, trained through an ordinal scale of the cosine:
+    P(level <= k) = sigmoid(t_k - a cos), t rising.
+    """
+
+    def __init__(self, config: HeadConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.query = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.image = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
+        self.layers = nn.ModuleList(Layer(width) for _ in range(config.depth))
+        self.vector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 64))
+        self.scale = nn.Parameter(torch.tensor(6.0))
+        self.first = nn.Parameter(torch.tensor(-1.0))
+        self.steps = nn.Parameter(torch.zeros(config.levels - 2))
+
+    def embed(self, image: Float[Tensor, "b n d"]) -> Float[Tensor, "b 64"]:
+        """Unit vectors."""
+        x, memory = self.query.expand(len(image), -1, -1), self.image(image)
+        for layer in self.layers:
+            x = layer(x, memory, None)
+        return F.normalize(self.vector(x[:, 0]), dim=-1)
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
+        assert tokens.source is not None
+        cosine = (self.embed(tokens.image) * self.embed(tokens.source)).sum(-1)
+        steps = F.softplus(self.steps).cumsum(0)
+        borders = torch.cat([self.first.view(1), self.first + steps])
+        below = torch.sigmoid(borders - self.scale * cosine.unsqueeze(-1))
+        edges = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0), value=0.0)
+        return edges.diff(dim=-1).clamp_min(1e-6).log()
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "fusion": FusionHead,
+    "mlp": MlpHead,
+    "region": RegionHead,
+    "face": FaceHead,
+}
+
+
+def make_head(config: HeadConfig, image_width: int, text_width: int) -> nn.Module:
+    """A fresh head on towers of these widths. Weights are drawn from torch's generator."""
+    config.check()
+    return HEADS[config.kind](config, image_width, text_width)
