@@ -72,9 +72,8 @@ class Recorder:
         self.log.log({"step": iteration, **row})
         self.console.print(progress_line(iteration, c.iterations, row), highlight=False)
         if last or self.stopping or iteration % c.checkpoints.every == 0:
-            metric = next(
-                (v for k, v in row.items() if k.endswith("/strict")), row.get("reward/total")
-            )
+            strict = [v for k, v in row.items() if k.endswith("/strict")]
+            metric = float(np.mean(strict)) if strict else row.get("reward/total")
             keep = c.checkpoints
             self.cluster.save(
                 self.run.checkpoints, iteration, keep.keep_last, keep.keep_best, metric
@@ -113,7 +112,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """Align, evaluate before and after, write result.json and report.html; returns the result."""
     began = time.monotonic()
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
-    batch_of(prompts, config.prompts_per_iteration, 1, config.seed)
+    batch_of(prompts, config.prompts_per_iteration, 1, config.seed, config.prompts.shares())
     config.check_model()
     if resume is None:
         Run.vacant(config.runs, config.name)

@@ -140,6 +140,7 @@ class Config:
             raise ConfigError(
                 f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
             )
+        self.prompts.check_batch(self.prompts_per_iteration)
         try:
             tokens_of(self.rollout.size)
         except ConfigError as error:
@@ -231,7 +232,9 @@ class Plan:
     def request(self, iteration: int) -> Request:
         """The groups of an iteration, a function of (seed, iteration) alone."""
         c = self.config
-        chosen = batch_of(self.prompts, c.prompts_per_iteration, iteration, c.seed)
+        chosen = batch_of(
+            self.prompts, c.prompts_per_iteration, iteration, c.seed, c.prompts.shares()
+        )
         return Request(
             iteration=iteration,
             prompts=chosen,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,60 @@ CATEGORIES = ("objects", "portraits", "text", "edits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One source of a mixed set: its share of every iteration's prompts, and how many are taken."""
+
+    share: int = 1
+    count: int = 0  # 0 = all; a scenes set needs a number
+
+    def check(self) -> None:
+        if self.share < 1 or self.count < 0:
+            raise ConfigError(
+                "prompts.sources: expected a share of 1 or more and a count of 0 (all) or more, got"
+                f" share {self.share} and count {self.count}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Where prompts come from and how many are taken (0 = all; a scenes set needs a number)."""
+    """Where prompts come from and how many are taken (0 = all; a scenes set needs a number).
+
+    `sources` mixes several in the place of `source` and `count`:
+    `{scenes/objects/2@train: {share: 4, count: 1024}, scenes/text/1@train: {count: 256}}`.
+    """
 
     source: str = "scenes/objects/2@train"
     count: int = 512
     split: str = "train"  # of a `datasets` path
+    sources: dict[str, Part] = field(default_factory=dict)
 
     def check(self) -> None:
         if self.count < 0:
             raise ConfigError(f"prompts.count: expected 0 (all) or more, got {self.count}")
 
+    def shares(self) -> dict[str, int]:
+        """Source -> share of a batch; empty for a set of one source."""
+        return {source: part.share for source, part in self.sources.items()}
+
+    def check_batch(self, size: int) -> None:
+        """Raise ConfigError where a batch of `size` cannot have the stated shares exactly."""
+        total = sum(self.shares().values()) or 1
+        if size % total:
+            raise ConfigError(
+                f"prompts_per_iteration: expected a multiple of {total}, the sum of the shares in"
+                f" prompts.sources, got {size}: write {max(size // total, 1) * total}"
+            )
+
 
 def load_prompts(config: PromptSet) -> list[Prompt]:
-    """All prompts of a set, in its order, checked.
+    """All prompts of a set, in its order, checked; those of several sources evenly interleaved.
 
     Raises:
         PromptError: nothing there, an empty set, a missing column, or a value of the wrong type
         (with its row).
     """
+    if config.sources:
+        return _mixed(config)
     if config.source.startswith("scenes/"):
         return _scenes(config)
     path = Path(config.source)
@@ -53,6 +88,15 @@ def load_prompts(config: PromptSet) -> list[Prompt]:
     if not prompts:
         raise PromptError(f"{config.source}: expected at least one prompt, got an empty set")
     return prompts[: config.count or None]
+
+
+def _mixed(config: PromptSet) -> list[Prompt]:
+    placed: list[tuple[float, int, Prompt]] = []
+    for k, (source, part) in enumerate(config.sources.items()):
+        one = replace(config, source=source, count=part.count, sources={})
+        prompts = load_prompts(one)
+        placed += [((i + 0.5) / len(prompts), k, p) for i, p in enumerate(prompts)]
+    return [prompt for _, _, prompt in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def _scenes(config: PromptSet) -> list[Prompt]:
@@ -155,16 +199,39 @@ def _prompt(row: Mapping[str, Any], index: int, source: str) -> Prompt:
     )
 
 
-def batch_of(prompts: Sequence[Prompt], size: int, iteration: int, seed: int) -> tuple[Prompt, ...]:
+def batch_of(
+    prompts: Sequence[Prompt],
+    size: int,
+    iteration: int,
+    seed: int,
+    shares: Mapping[str, int] | None = None,
+) -> tuple[Prompt, ...]:
     """The prompts of an iteration (counted from 1): epochs are seeded permutations, so nothing is
     stored.
 
+    With `shares` (source -> share, of `PromptSet.shares`) every batch is made of the sources in
+    these shares, each with epochs of its own. `size` must be a multiple of their sum.
+
     Raises:
-        PromptError: a batch larger than the set.
+        PromptError: a batch larger than the set, or than the prompts of one source.
     """
+    if not shares:
+        return _draw(prompts, size, iteration, (31, seed))
+    each = size // sum(shares.values())
+    batch: list[Prompt] = []
+    for k, (source, share) in enumerate(shares.items()):
+        own = [p for p in prompts if p.id.rpartition("#")[0] == source]
+        batch += _draw(own, each * share, iteration, (32, seed, k), f" of {source}")
+    return tuple(batch)
+
+
+def _draw(
+    prompts: Sequence[Prompt], size: int, iteration: int, key: tuple[int, ...], of: str = ""
+) -> tuple[Prompt, ...]:
     if size > len(prompts):
-        raise PromptError(f"expected at least {size} prompts for one iteration, got {len(prompts)}")
-    per_epoch = len(prompts) // size
-    epoch, position = divmod(iteration - 1, per_epoch)
-    order = np.random.default_rng([31, seed, epoch]).permutation(len(prompts))
+        raise PromptError(
+            f"expected at least {size} prompts{of} for one iteration, got {len(prompts)}"
+        )
+    epoch, position = divmod(iteration - 1, len(prompts) // size)
+    order = np.random.default_rng([*key, epoch]).permutation(len(prompts))
     return tuple(prompts[i] for i in order[position * size : (position + 1) * size])

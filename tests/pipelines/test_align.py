@@ -44,6 +44,25 @@ def test_a_whole_run(tiny_base, tmp_path, capsys):
     assert code == 2 and "exists" in text and "--resume" in text
 
 
+def test_a_mixed_set_trains_in_its_shares_and_is_measured_by_category(tiny_base, tmp_path, capsys):
+    for name in ("simple", "hard"):
+        lines = [{"prompt": f"a {name} circle number {i}", "category": name} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    simple, hard = (f"{tmp_path / name}.jsonl" for name in ("simple", "hard"))
+    mixes = (
+        f"prompts.sources={{{simple}: {{share: 2}}, {hard}: {{}}}}",
+        f"evaluation.prompts.sources={{{simple}: {{count: 1}}, {hard}: {{count: 2}}}}",
+    )
+    argv = arguments(tiny_base, tmp_path, *mixes, "prompts_per_iteration=3", "iterations=1")
+    assert main([*argv, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    judge = judge_spec("brightness")
+    assert metrics[f"heldout/simple/{judge}"]["n"] == 2  # one prompt, two pictures
+    assert metrics[f"heldout/hard/{judge}"]["n"] == 4
+    row = json.loads((tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text())
+    assert row["samples"] == 12
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_base, tmp_path, capsys):
     assert main([*arguments(tiny_base, tmp_path), "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -101,6 +120,13 @@ BAD = {
         "['general']",
     ),
     "more prompts than there are": (("prompts_per_iteration=6",), "expected at least 6 prompts"),
+    "shares that do not divide a batch": (
+        (
+            "prompts.sources={scenes/objects@train: {share: 2, count: 8},"
+            " scenes/text@train: {count: 8}}",
+        ),
+        "prompts_per_iteration: expected a multiple of 3",
+    ),
     "prompt file that is not there": (("prompts.source=gone.jsonl",), "there is no such file"),
     "bad scenes set": (("prompts.source=scenes/objects/9@train",), "expected scenes/"),
     "name with a slash": (("name=a/b",), "expected a run name"),

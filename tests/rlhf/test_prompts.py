@@ -8,7 +8,7 @@ import pytest
 from rewards.scenes import world
 from rewards.scenes.specs import parse
 from rlhf.errors import ConfigError, PromptError
-from rlhf.prompts import PromptSet, batch_of, load_prompts
+from rlhf.prompts import Part, PromptSet, batch_of, load_prompts
 from rlhf.types import Prompt
 
 SPLITS = ("train", "heldout", "align-heldout")
@@ -157,3 +157,51 @@ def test_batches_need_no_memory_and_no_prompt_is_lost_for_ever():
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(PromptError, match="expected at least 5 prompts for one iteration, got 4"):
         batch_of(numbered(4), 5, 1, 0)
+
+
+# --- several sources ------------------------------------------------------------------------------
+
+
+def mixed(objects=12, portraits=4, text=6):
+    return PromptSet(
+        sources={
+            "scenes/objects/2@train": Part(share=4, count=objects),
+            "scenes/portraits/1@train": Part(count=portraits),
+            "scenes/text/1@train": Part(count=text),
+        }
+    )
+
+
+def test_every_batch_of_a_mixed_set_has_the_stated_shares_and_each_source_its_own_epochs():
+    made = mixed()
+    prompts = load_prompts(made)
+    batches = [batch_of(prompts, 6, i, 3, made.shares()) for i in range(1, 13)]
+    for batch in batches:
+        assert [p.category for p in batch] == ["objects"] * 4 + ["portraits", "text"]
+        assert len({p.id for p in batch}) == 6
+    assert batches == [batch_of(prompts, 6, i, 3, made.shares()) for i in range(1, 13)]
+    seen = Counter(p.id for batch in batches for p in batch)
+    by = {c: {seen[p.id] for p in prompts if p.category == c} for c in ("objects", "portraits")}
+    assert by == {"objects": {4}, "portraits": {3}}  # 12 iterations: 4 epochs of 12, 3 epochs of 4
+    twelve = batch_of(prompts, 12, 1, 3, made.shares())
+    assert Counter(p.category for p in twelve) == {"objects": 8, "portraits": 2, "text": 2}
+
+
+def test_a_mixed_set_has_the_prompts_of_its_sources_evenly_interleaved():
+    prompts = load_prompts(mixed(8, 4, 4))
+    alone = load_prompts(PromptSet(source="scenes/objects/2@train", count=8))
+    assert [p for p in prompts if p.category == "objects"] == alone
+    assert Counter(p.category for p in prompts[:8]) == {"objects": 4, "portraits": 2, "text": 2}
+
+
+def test_a_mixture_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="a multiple of 6.*got 8: write 6"):
+        mixed().check_batch(8)
+    mixed().check_batch(12)
+    PromptSet().check_batch(5)
+    with pytest.raises(ConfigError, match="a share of 1 or more"):
+        Part(share=0).check()
+    with pytest.raises(PromptError, match="at least 8 prompts of scenes/portraits/1@train.*got 4"):
+        batch_of(load_prompts(mixed(40, 4, 8)), 48, 1, 0, mixed().shares())
+    with pytest.raises(PromptError, match="count >= 1"):
+        load_prompts(PromptSet(sources={"scenes/text/1@train": Part()}))
