@@ -68,7 +68,7 @@ class Towers(nn.Module):
     @property
     def widths(self) -> tuple[int, int]:
         """Width of image and of text tokens."""
-        return self.clip.visual.transformer.width, self.clip.token_embedding.weight.shape[1]
+        return self.clip.visual.transformer.width, self.clip.token_embedding.embedding_dim
 
     # --- what goes in -----------------------------------------------------------------------------
 
@@ -99,7 +99,12 @@ class Towers(nn.Module):
         self, texts: Sequence[str]
     ) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
         """The text tower's last tokens, and which of them are there (the rest is padding)."""
-        ids = self.tokens(texts)
+        return self.states(self.tokens(texts))
+
+    def states(
+        self, ids: Int[Tensor, "b c"]
+    ) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
+        """The same for token ids, as `tokens` gives them."""
         found = self.clip.forward_intermediates(
             text=ids, text_indices=1, normalize_intermediates=True, output_logits=False
         )

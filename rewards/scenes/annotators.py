@@ -95,3 +95,15 @@ def touched(edit: Edit, patch: int = 8) -> Float[np.ndarray, " n"]:
     changed = (render(edit.source) != render(edit.target)).any(0)
     side = len(changed) // patch
     return changed.reshape(side, patch, side, patch).any((1, 3)).reshape(-1).astype(np.float32)
+
+
+def has_face(spec: Spec) -> bool:
+    """Whether a picture of the spec shows a person."""
+    return isinstance(spec, Portrait)
+
+
+def ceiling(axis: str, spec: Spec | Edit) -> float:
+    """The gold value of the clean picture that the prompt asks for."""
+    value = gold(axis, render(spec.target if isinstance(spec, Edit) else spec), spec)
+    assert value is not None
+    return value

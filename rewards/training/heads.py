@@ -22,11 +22,14 @@ from rewards.errors import RewardConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadConfig:
-    """`text` and `source`: whether the head sees the prompt and the source picture."""
+    """`text`, `source` and `image`: whether the head sees the prompt, the source picture and the
+    picture itself.
+    """
 
     kind: Literal["fusion", "mlp", "region", "face"] = "fusion"
     text: bool = True
     source: bool = False
+    image: bool = True
     width: int = 96
     depth: int = 2
     levels: int = 5
@@ -37,6 +40,8 @@ class HeadConfig:
                 f"head: expected at least 2 levels, 1 layer and a width in multiples of 32, got"
                 f" {self.levels}, {self.depth} and {self.width}"
             )
+        if not (self.image or self.source):
+            raise RewardConfigError("head: expected it to see the picture or its source")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +128,16 @@ class FusionHead(nn.Module):
         self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.levels))
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
+        return self.answer(self.read(tokens)[:, : self.QUERIES].mean(1))
+
+    def read(self, tokens: Tokens) -> Float[Tensor, "b q w"]:
+        """The queries, and behind them the prompt's tokens, after they have seen the pictures."""
         count = len(tokens.image)
-        memory = self.image(tokens.image) + self.which[0]
+        seen = [self.image(tokens.image) + self.which[0]] if self.config.image else []
         if self.config.source:
             assert tokens.source is not None
-            memory = torch.cat([memory, self.image(tokens.source) + self.which[1]], 1)
+            seen.append(self.image(tokens.source) + self.which[1])
+        memory = torch.cat(seen, 1)
         x, there = self.queries.expand(count, -1, -1), None
         if self.text is not None:
             assert tokens.text is not None and tokens.words is not None
@@ -135,7 +145,7 @@ class FusionHead(nn.Module):
             there = F.pad(tokens.words, (self.QUERIES, 0), value=True)
         for layer in self.layers:
             x = layer(x, memory, there)
-        return self.answer(x[:, : self.QUERIES].mean(1))
+        return x
 
 
 class MlpHead(nn.Module):

@@ -1,0 +1,241 @@
+"""Judges that were trained: a folder with a card, heads, and the name of the towers they stand on.
+
+    card.json           {"family": "towers", "axis": ..., "towers": folder or hub id, "heads": ...,
+                         "card": the JudgeCard}
+    heads.safetensors   "<head>.<parameter>"
+    README.md           what it was trained on, and how well it does
+
+Of family "vlm", see `rewards.backbones.vlm`. What is particular to one of the five judges is in the
+file of its name; any other axis is `TowersJudge` as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rewards.backbones.towers import Towers, open_towers
+from rewards.errors import RewardConfigError
+from rewards.judge import Judge
+from rewards.training.heads import HeadConfig, Tokens, expectation, make_head
+from rewards.types import Calibration, JudgeCard, Sample, Score
+
+SHIPPED = Path(__file__).parent / "assets" / "judges"
+CARD, HEADS = "card.json", "heads.safetensors"
+CHUNK = 64  # pictures in one call
+KINDS = {
+    "aesthetics": "Aesthetics",
+    "fidelity": "Fidelity",
+    "portrait": "Portrait",
+    "instruction": "Instruction",
+    "consistency": "Consistency",
+}
+
+
+class TowersModel(nn.Module):
+    """Towers with heads by name; `forward` computes each token once, whichever heads want it."""
+
+    def __init__(self, towers: Towers, heads: Mapping[str, HeadConfig]) -> None:
+        super().__init__()
+        self.towers, self.configs = towers, dict(heads)
+        self.heads = nn.ModuleDict(
+            {name: make_head(config, *towers.widths) for name, config in heads.items()}
+        )
+
+    def tokens(self, samples: Sequence[Sample], text: bool, source: bool) -> Tokens:
+        """Tokens of B samples; equal pictures and prompts are computed once."""
+        pictures = [s.image for s in samples]
+        if source:
+            pictures += [s.sources[0] for s in samples]
+        unique, where = _unique(pictures, [p.tobytes() for p in pictures])
+        found = self.towers.image_tokens(unique)[where]
+        texts = words = None
+        if text:
+            prompts, which = _unique([s.prompt for s in samples], [s.prompt for s in samples])
+            texts, words = (part[which] for part in self.towers.text_tokens(prompts))
+        count = len(samples)
+        return Tokens(
+            image=found[:count],
+            source=found[count:] if source else None,
+            text=texts,
+            words=words,
+        )
+
+    def forward(
+        self, samples: Sequence[Sample], wanted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What each head says: of the samples at `wanted[name]`, or of all."""
+        wanted = wanted or {name: torch.arange(len(samples)) for name in self.heads}
+        edits = [name for name in wanted if self.configs[name].source]
+        made = [name for name in wanted if not self.configs[name].source]
+        out: dict[str, Tensor] = {}
+        for names, source in ((made, False), (edits, True)):
+            if not names:
+                continue
+            rows = torch.cat([wanted[name] for name in names]).unique()
+            place = torch.full((len(samples),), -1)
+            place[rows] = torch.arange(len(rows))
+            text = any(self.configs[name].text for name in names)
+            tokens = self.tokens([samples[i] for i in rows.tolist()], text, source)
+            for name in names:
+                out[name] = self.heads[name](tokens.rows(place[wanted[name]]))
+        return out
+
+
+def _unique(items: Sequence[Any], keys: Sequence[Any]) -> tuple[list[Any], Tensor]:
+    """The items that differ, and where each of the given ones is among them."""
+    place: dict[Any, int] = {}
+    unique = []
+    for item, key in zip(items, keys, strict=True):
+        if key not in place:
+            place[key] = len(unique)
+            unique.append(item)
+    return unique, torch.tensor([place[key] for key in keys])
+
+
+class TowersJudge:
+    """One axis on towers: value = calibration((E - 1) / (L - 1)), E the expected level of its head.
+
+    Samples longer than the text tower reads, or larger than the image tower sees, are flagged.
+    """
+
+    AXIS: ClassVar[str] = ""
+    HEADS: ClassVar[Mapping[str, HeadConfig]] = {}
+    CATEGORIES: ClassVar[tuple[str, ...]] = ("*",)
+    NEEDS: ClassVar[tuple[Any, ...]] = ()
+
+    def __init__(self, model: TowersModel, card: JudgeCard, axis: str) -> None:
+        self.model, self.card, self.axis = model.eval().requires_grad_(False), card, axis
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        """One score per sample; each is independent of the others, up to 1e-6 of rounding."""
+        out: list[Score] = []
+        for start in range(0, len(samples), CHUNK):
+            part = samples[start : start + CHUNK]
+            with torch.no_grad():
+                said = self.model(part)
+            for i, sample in enumerate(part):
+                raw, parts = self.answer({k: v[i] for k, v in said.items()}, sample)
+                value = self.card.calibration(raw)
+                flags = self.flags(sample)
+                out.append(Score(value=value, parts={"raw": raw, **parts}, flags=flags))
+        return out
+
+    def answer(
+        self, said: Mapping[str, Tensor], sample: Sample
+    ) -> tuple[float, Mapping[str, float]]:
+        """The uncalibrated value in [0, 1] of one sample, and what it was made of."""
+        return level(said[self.axis]), {}
+
+    def flags(self, sample: Sample) -> tuple[str, ...]:
+        """What was cut or scaled down before the model saw it."""
+        towers, found = self.model.towers, []
+        if any(c.text for c in self.model.configs.values()) and towers.truncated(sample.prompt):
+            found.append("truncated")
+        if max(sample.image.shape[1:]) > towers.side:
+            found.append("downscaled")
+        return tuple(found)
+
+    def fresh(self, seed: int = 0) -> TowersJudge:
+        """The same with heads and towers that nobody trained: a baseline, never a reward."""
+        import copy
+
+        model = copy.deepcopy(self.model)
+        model.towers.forget()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+        card = replace(self.card, name=f"untrained/{self.card.name}", calibration=Calibration())
+        return type(self)(model, card, self.axis)
+
+
+def level(logits: Tensor) -> float:
+    """(E - 1) / (L - 1) in [0, 1] of one row of logits."""
+    return float((expectation(logits) - 1) / (logits.shape[-1] - 1))
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def shared_towers(source: str) -> Towers:
+    """Towers by folder or hub id, opened once in a process."""
+    return open_towers(source)
+
+
+def kind_of(axis: str) -> type[TowersJudge]:
+    """The class of an axis: its own for the five, else the plain one."""
+    if axis not in KINDS:
+        return TowersJudge
+    return getattr(import_module(f"rewards.{axis}"), KINDS[axis])
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """card.json of a judge's folder. Raises RewardConfigError for one that is missing or broken."""
+    try:
+        about = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        about["card"], about["family"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RewardConfigError(
+            f"expected a judge's folder with {CARD} at '{folder}', got {type(error).__name__}:"
+            f" {error}: train one with `rlhf reward train`"
+        ) from error
+    return about
+
+
+def card_of(stored: Mapping[str, Any]) -> JudgeCard:
+    """A JudgeCard from its JSON form."""
+    fields = dict(stored)
+    map_of = fields.pop("calibration", {})
+    lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    calibration = Calibration(**{k: tuple(v) for k, v in map_of.items()})
+    return JudgeCard(**{**fields, **lists}, calibration=calibration)
+
+
+def save_judge(
+    folder: Path, judge: TowersJudge, towers: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a judge's folder; `towers` is a hub id or the path of their folder seen from it."""
+    heads = {k: asdict(v) for k, v in judge.model.configs.items()}
+    about = {"family": "towers", "axis": judge.axis, "towers": towers, "heads": heads}
+    about["card"] = asdict(judge.card)
+    weights = judge.model.heads.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.to(dtype).contiguous() for k, v in weights.items()}, folder / HEADS)
+    (folder / CARD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def open_judge(folder: str | Path) -> Judge:
+    """The judge in a folder.
+
+    Raises:
+        RewardConfigError: no judge there, or weights that do not fit its card.
+    """
+    folder = Path(folder)
+    about = read_card(folder)
+    if about["family"] == "vlm":
+        from rewards.backbones.vlm import open_vlm_judge
+
+        return open_vlm_judge(folder)
+    source = str(about["towers"])
+    beside = folder / source
+    towers = shared_towers(str(beside.resolve()) if beside.is_dir() else source)
+    model = TowersModel(towers, {k: HeadConfig(**v) for k, v in about["heads"].items()})
+    weights = load_file(folder / HEADS)
+    try:
+        model.heads.load_state_dict({k: v.float() for k, v in weights.items()})
+    except RuntimeError as error:
+        raise RewardConfigError(
+            f"expected the weights of {list(about['heads'])} in '{folder / HEADS}': {error}"
+        ) from error
+    return kind_of(about["axis"])(model, card_of(about["card"]), about["axis"])
