@@ -145,7 +145,9 @@ def collage(sample: Sample) -> Sample | None:
     both = Image.new("RGB", to_pil(sample.image).size)
     half = both.width // 2
     for place, one in enumerate((sample.sources[0], sample.image)):
-        both.paste(to_pil(one).resize((half, both.height), Image.Resampling.BICUBIC), (place * half, 0))
+        both.paste(
+            to_pil(one).resize((half, both.height), Image.Resampling.BICUBIC), (place * half, 0)
+        )
     return replace(sample, image=from_pil(both))
 
 
@@ -201,7 +203,9 @@ def longer_prompt(sample: Sample) -> Sample:
     try:
         text = world.rich(world.parse(sample.target or ""))
     except ValueError:
-        text = f"A single picture of exactly what is described here and nothing else: {sample.prompt}"
+        text = (
+            f"A single picture of exactly what is described here and nothing else: {sample.prompt}"
+        )
     return replace(sample, prompt=text)
 
 

@@ -62,10 +62,9 @@ def drift(judge: Judge, samples: Sequence[Sample], seed: int = 0) -> tuple[float
     """
     count = max(len(samples), 1)
     order = np.random.default_rng(seed).permutation(len(samples))
+    whole, alone = ask(judge, samples, count).value, ask(judge, samples, 1).value
     shuffled = ask(judge, [samples[i] for i in order], count).value
-    ways: Float[np.ndarray, "3 n"] = np.stack(
-        [ask(judge, samples, count).value, shuffled[np.argsort(order)], ask(judge, samples, 1).value]
-    )
+    ways = np.stack([whole, shuffled[np.argsort(order)], alone])
     answered = ~np.isnan(ways)
     always = answered.all(axis=0)
     spread = np.ptp(ways[:, always], axis=0)

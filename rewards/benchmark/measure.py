@@ -232,9 +232,7 @@ def _correlated(
 ) -> Metric | None:
     if np.isnan(correlation(score, reading)):
         return None
-    found = bootstrap(
-        lambda i: correlation(score[i], reading[i]), group, within=(-1, 1), seed=seed
-    )
+    found = bootstrap(lambda i: correlation(score[i], reading[i]), group, within=(-1, 1), seed=seed)
     return found.as_metric()
 
 

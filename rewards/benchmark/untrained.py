@@ -23,7 +23,11 @@ class RandomProjection:
         weight = np.random.default_rng([41, seed]).normal(size=(SIDE, SIDE, 3))
         self.weight = weight / np.sqrt(weight.size)
         self.card = JudgeCard(
-            name="random-projection", revision=str(seed), preprocessing="area-16", low=-1e3, high=1e3
+            name="random-projection",
+            revision=str(seed),
+            preprocessing="area-16",
+            low=-1e3,
+            high=1e3,
         )
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
