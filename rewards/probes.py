@@ -125,16 +125,12 @@ def _picture(corruption: Corruption) -> Canary:
     return canary
 
 
-def _as_large(picture: Picture, like: Picture) -> Image.Image:
-    height, width = like.shape[1:]
-    return to_pil(picture).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def source_copy(sample: Sample) -> Sample | None:
     """An edit that did nothing."""
     if not sample.sources:
         return None
-    source = from_pil(_as_large(sample.sources[0], sample.image))
+    size = to_pil(sample.image).size
+    source = from_pil(to_pil(sample.sources[0]).resize(size, Image.Resampling.BICUBIC))
     return None if np.array_equal(source, sample.image) else replace(sample, image=source)
 
 

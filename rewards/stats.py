@@ -68,7 +68,7 @@ def bootstrap_mean(
 def bootstrap(
     statistic: Statistic,
     clusters: Sequence[Hashable] | np.ndarray,
-    within: tuple[float, float] = (-np.inf, np.inf),
+    within: tuple[float | int, float | int] = (-np.inf, np.inf),
     seed: int = 0,
     draws: int = 400,
 ) -> Estimate:
