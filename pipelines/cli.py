@@ -113,6 +113,15 @@ PROGRAMS = (
         module="codecs",
     ),
     Program(
+        "reward evaluate",
+        "measure judges: accuracy, calibration, canaries, biases",
+        (
+            "rlhf reward evaluate judges='[oracle/fidelity]' data=judgements",
+            "rlhf reward evaluate --config reward/evaluate --dry-run",
+        ),
+        module="reward_evaluate",
+    ),
+    Program(
         "report",
         "write report.html and plots of a run",
         ("rlhf report runs/scenes",),

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from rewards.arrays import to_arrays
 from rewards.types import JudgeCard, Scores
 from rlhf.errors import ConfigError
 from rlhf.types import Advantages
@@ -64,7 +65,7 @@ class AdvantageReport:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The scores of one group as arrays, judge by judge: J x G, 0 where there is no value."""
+    """The scores of one group as arrays, judge by judge: J x G, NaN where there is no value."""
 
     value: Float[np.ndarray, "j g"]
     valid: Bool[np.ndarray, "j g"]  # ok, and the sample passed the required judges
@@ -139,10 +140,9 @@ def _fate(group: _Group, flat: Sequence[float]) -> str:
 
 
 def _read(scores: Scores, p: int, weights: Mapping[str, float], required: Sequence[str]) -> _Group:
-    rows = [scores.table[card.name][p] for card in scores.judges]
-    ok = np.array([[s.state == "ok" for s in row] for row in rows])
-    na = np.array([[s.state == "na" for s in row] for row in rows])
-    value = np.array([[0.0 if s.value is None else s.value for s in row] for row in rows])
+    rows = [to_arrays(scores.table[card.name][p]) for card in scores.judges]
+    ok, na = np.stack([row.ok for row in rows]), np.stack([row.na for row in rows])
+    value = np.stack([row.value for row in rows])
     must = np.array([card.name in required for card in scores.judges])
     excluded = np.any(~ok & ~na & must[:, None], axis=0)
     weight = np.array([weights.get(card.name, 0.0) for card in scores.judges]) * ~na.all(axis=1)
@@ -163,14 +163,13 @@ def _total(group: _Group) -> np.ndarray:
 def _judge_metrics(scores: Scores) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for card in scores.judges:
-        all_scores = [s for group in scores.table[card.name] for s in group]
-        ok = np.array([s.value for s in all_scores if s.value is not None])
-        if ok.size:
-            metrics[f"reward/{card.name}/mean"] = float(ok.mean())
-            metrics[f"reward/{card.name}/std"] = float(ok.std())
-        for state in ("failed", "na"):
-            share = sum(s.state == state for s in all_scores) / max(len(all_scores), 1)
-            metrics[f"reward/{card.name}/{state}"] = share
+        found = to_arrays([s for group in scores.table[card.name] for s in group])
+        value = found.value[found.ok]
+        if value.size:
+            metrics[f"reward/{card.name}/mean"] = float(value.mean())
+            metrics[f"reward/{card.name}/std"] = float(value.std())
+        for state, masked in (("failed", found.failed), ("na", found.na)):
+            metrics[f"reward/{card.name}/{state}"] = float(masked.sum() / max(masked.size, 1))
     return metrics
 
 

@@ -8,8 +8,6 @@ without data is left out.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -22,40 +20,9 @@ from matplotlib.figure import Figure
 from rlhf import plots
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write_bytes, atomic_write_text
+from rlhf.markup import document, escape, metric_table, picture, table
 from rlhf.metrics import Row
 from rlhf.run import Metric, Run
-
-STYLE = """
-:root { --ink: #0b0b0b; --muted: #52514e; --line: #e6e5e0; --paper: #fcfcfb; --accent: #2a78d6; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-       font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 980px; margin: 0 auto; padding: 48px 24px 96px; }
-h1 { font-size: 30px; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 19px; margin: 48px 0 12px; padding-top: 20px; border-top: 1px solid var(--line); }
-h3 { font-size: 14px; margin: 20px 0 6px; color: var(--muted); font-weight: 600; }
-p, li, .sub { color: var(--muted); }
-.sub { margin: 0 0 24px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; }
-.tile { border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; background: #fff; }
-.tile b { display: block; font-size: 25px; font-weight: 600; letter-spacing: -0.02em; }
-.tile b i { color: var(--muted); font-style: normal; font-weight: 400; }
-.tile span { color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; display: block; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
-.pair img { width: 100%; border-radius: 6px; image-rendering: pixelated; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line);
-         font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-ol { columns: 2; column-gap: 28px; font-size: 13.5px; padding-left: 26px; }
-pre { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px;
-      overflow: auto; font-size: 12.5px; line-height: 1.5; }
-summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } ol { columns: 1; } }
-"""
 
 
 def write(target: Run) -> dict[str, Any]:
@@ -120,42 +87,27 @@ def build(
     program = result.get("program") or about.get("program") or "run"
     metrics = result.get("metrics", {})
     sections = [
-        f"<h1>{_text(target.name)}</h1>",
-        f'<p class="sub">{_text(_summary(program, rows, result, about))}</p>',
-        *(f"<p><b>Not readable:</b> {_text(note)}</p>" for note in notes),
+        f"<h1>{escape(target.name)}</h1>",
+        f'<p class="sub">{escape(_summary(program, rows, result, about))}</p>',
+        *(f"<p><b>Not readable:</b> {escape(note)}</p>" for note in notes),
         _tiles(metrics),
         _plot("Before and after", "gains", saved, "Whiskers: 95% bootstrap interval of the gain."),
         _samples(target),
         _plot("Reward", "rewards", saved, "On the training prompts of each iteration."),
         _plot("Held-out prompts", "heldout", saved, "Fixed prompts and seeds."),
         _plot("Training", "training", saved, "Over iterations."),
-        _metric_table("Results", metrics),
+        metric_table("Results", metrics),
         *_evaluations(target),
         _machine(rows, result, about),
         _config(target),
     ]
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(target.name)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _image(path: Path, alt: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+    return document(target.name, sections)
 
 
 def _plot(heading: str, name: str, saved: Mapping[str, Path], caption: str) -> str:
     if name not in saved:
         return ""
-    return f"<h2>{heading}</h2><p>{caption}</p>{_image(saved[name], heading)}"
+    return f"<h2>{heading}</h2><p>{caption}</p>{picture(saved[name], heading)}"
 
 
 def _summary(program: str, rows: Sequence[Row], result: Mapping[str, Any], about: Any) -> str:
@@ -193,7 +145,7 @@ def _tiles(metrics: Mapping[str, Metric]) -> str:
         if "low" in metric:
             interval = f" [{metric['low']:+.3f}, {metric['high']:+.3f}]"
         tiles.append(
-            f'<div class="tile"><span>{_text(name)}</span>'
+            f'<div class="tile"><span>{escape(name)}</span>'
             f"<b><i>{metric['before']:.3f} →</i> {metric['after']:.3f}</b>"
             f"<span>{metric['gain']:+.3f}{interval}</span></div>"
         )
@@ -207,11 +159,11 @@ def _samples(target: Run) -> str:
     if not present:
         return ""
     cells = "".join(
-        f"<div><h3>{name}</h3>{_image(path, f'samples {name}')}</div>"
+        f"<div><h3>{name}</h3>{picture(path, f'samples {name}')}</div>"
         for name, path in present.items()
     )
     same = "<p>The same prompts and seeds, in the same order.</p>"
-    prompts = "".join(f"<li>{_text(line)}</li>" for line in _prompts(target))
+    prompts = "".join(f"<li>{escape(line)}</li>" for line in _prompts(target))
     listed = f"<ol>{prompts}</ol>" if prompts else ""
     return f'<h2>Samples</h2>{same}<div class="pair">{cells}</div>{listed}'
 
@@ -234,30 +186,6 @@ def _prompts(target: Run) -> list[str]:
     return lines
 
 
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(c)}</td>' for c in cells)}</tr>" for cells in lines)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
-def _metric_table(heading: str, metrics: Mapping[str, Metric]) -> str:
-    """Metrics as a table with the columns that any of them uses."""
-    order = ("value", "before", "after", "gain", "low", "high", "n")
-    used = [key for key in order if any(key in metric for metric in metrics.values())]
-    if not used:
-        return ""
-    names = {"low": "95% low", "high": "95% high"}
-    lines = [[name, *(_number(m.get(key)) for key in used)] for name, m in metrics.items()]
-    table = _table(["metric", *(names.get(key, key) for key in used)], lines)
-    return f"<h2>{_text(heading)}</h2>{table}"
-
-
 def _evaluations(target: Run) -> list[str]:
     """A table for each evaluation of the run; damaged ones are named."""
     sections = []
@@ -265,9 +193,9 @@ def _evaluations(target: Run) -> list[str]:
         notes: list[str] = []
         name = path.relative_to(target.root).as_posix()
         found = _try(lambda name=name: target.read_json(name), notes, {})
-        sections += [f"<p><b>Not readable:</b> {_text(note)}</p>" for note in notes]
+        sections += [f"<p><b>Not readable:</b> {escape(note)}</p>" for note in notes]
         if path.stem != "report":
-            sections.append(_metric_table(f"Evaluation: {path.stem}", found.get("metrics", {})))
+            sections.append(metric_table(f"Evaluation: {path.stem}", found.get("metrics", {})))
     return sections
 
 
@@ -283,13 +211,15 @@ def _machine(rows: Sequence[Row], result: Mapping[str, Any], about: Mapping[str,
         if spent:
             each = f"{sum(spent) / len(spent):.2f} s per iteration"
             lines.append([f"seconds/{part}", f"{_duration(sum(spent))}, {each}"])
-    return f"<h2>Machine and time</h2>{_table(['', ''], lines)}" if lines else ""
+    return f"<h2>Machine and time</h2>{table(['', ''], lines)}" if lines else ""
 
 
 def _config(target: Run) -> str:
     if not target.config_path.is_file():
         return ""
     text = target.config_path.read_text(encoding="utf-8", errors="replace")
-    again = f"<p>The resolved form; <code>--config {_text(target.config_path)}</code> reads it.</p>"
-    shown = f"<details><summary>show</summary><pre>{_text(text)}</pre></details>"
+    again = (
+        f"<p>The resolved form; <code>--config {escape(target.config_path)}</code> reads it.</p>"
+    )
+    shown = f"<details><summary>show</summary><pre>{escape(text)}</pre></details>"
     return f"<h2>Configuration</h2>{again}{shown}"
