@@ -113,6 +113,22 @@ PROGRAMS = (
         module="codecs",
     ),
     Program(
+        "reward collect",
+        "make judgements of scenes: pictures, ratings and ranks",
+        ("rlhf reward collect --config reward/collect", "rlhf reward collect --dry-run"),
+        module="reward_collect",
+    ),
+    Program(
+        "reward train",
+        "train reward models on judgements",
+        (
+            "rlhf reward train --config reward/fidelity",
+            "rlhf reward train --config reward/scenes data=runs/judgements",
+            "rlhf reward train --resume runs/judges",
+        ),
+        resumable=True,
+    ),
+    Program(
         "reward evaluate",
         "measure judges: accuracy, calibration, canaries, biases",
         (

@@ -1,8 +1,8 @@
 """`rlhf reward collect`: pictures of the scenes world with judgements of its annotators.
 
-Half of the world's own candidates (`rewards.scenes.candidates`: right, wrong and worn), half samples
-of models at several settings; each prompt's pictures are one group. Every axis that is asked of a
-prompt gives one rank over the group and one rating per picture (`rewards.scenes.annotators`). Train
+Some are the world's own candidates (`rewards.scenes.candidates`: right, wrong and worn), some are
+samples of models at several settings; each prompt's pictures are one group. Every axis that is
+asked of a prompt gives one rank over the group and one rating per picture (`rewards.scenes.annotators`). Train
 prompts are of the training split of the world, dev and test prompts held out; `align-heldout` is
 never touched. Train rows hold no gold values, the others do, in columns `gold`, `origin`, `target`.
 """
@@ -65,9 +65,7 @@ class CollectConfig:
     size: int = 64
     per_prompt: int = 6
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
-    drawn: dict[str, int] = field(
-        default_factory=lambda: {"train": 4000, "dev": 240, "test": 360}
-    )
+    drawn: dict[str, int] = field(default_factory=lambda: {"train": 4000, "dev": 240, "test": 360})
     sampled: dict[str, int] = field(default_factory=lambda: {"train": 900, "dev": 160, "test": 360})
     canaries: float = 0.12  # share of the drawn groups' pictures, in training alone
     models: dict[str, Source] = field(default_factory=lambda: {"scenes": Source()})
@@ -118,13 +116,10 @@ def drawn(config: CollectConfig, split: str) -> Iterator[Group]:
         yield Group(spec=spec, pictures=tuple(found))
 
 
-def _spoilt(
-    rng: np.random.Generator, spec: Spec | Edit, one: Candidate, share: float
-) -> Candidate:
+def _spoilt(rng: np.random.Generator, spec: Spec | Edit, one: Candidate, share: float) -> Candidate:
     """Now and then, the right picture made into a canary."""
     if rng.random() >= share:
         return one
-    edit = isinstance(spec, Edit)
     right = render(spec.target if isinstance(spec, Edit) else spec, one.picture.shape[-1])
     sample = Sample(
         image=right,
@@ -132,8 +127,7 @@ def _spoilt(
         category=world.category_of(spec),
         sources=(render(spec.source, right.shape[-1]),) if isinstance(spec, Edit) else (),
     )
-    names = [n for n in CANARIES if n != "swapped prompt" and (edit or "source" not in n)]
-    name = names[int(rng.integers(len(names)))]
+    name = list(CANARIES)[int(rng.integers(len(CANARIES)))]
     made = CANARIES[name](sample)
     return one if made is None else Candidate(picture=made.image, origin=f"canary:{name}")
 

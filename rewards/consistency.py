@@ -7,9 +7,9 @@ head reads them off source and instruction alone (what the output changed does n
 
     region = min(1, k(d) / k(floor)),    k(d) = 1 / (1 + (d / 25)^2)
 
-with the autoencoder's own round trip as the floor: no edit is asked to beat it. identity: whose face
-it is, where the source has one, by an embedding, and through a ramp that saturates. Doing nothing
-follows no instruction, and the gate leaves it nothing.
+with the autoencoder's own round trip as the floor: no edit is asked to beat it. identity: whose
+face it is, where the source has one, by an embedding. Doing nothing follows no instruction, and the
+gate leaves it nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def outside_rms(
 
 
 class Consistency(TowersJudge):
-    """Edits, with the judge of instructions inside."""
+    """Edits, with the judge of instructions inside. Setting `floor`: rms of the autoencoder's round
+    trip, in grey levels.
+    """
 
     AXIS = "consistency"
     HEADS = {
@@ -67,7 +69,6 @@ class Consistency(TowersJudge):
     }
     CATEGORIES = ("edit", "edits")
     NEEDS = ("source",)
-    floor = 0.0  # rms of the autoencoder's round trip, in grey levels
 
     def answer(
         self, said: Mapping[str, Tensor], sample: Sample
@@ -75,7 +76,10 @@ class Consistency(TowersJudge):
         side = self.model.towers.side
         pictures = letterbox(sample.sources[0], side), letterbox(sample.image, side)
         rms = outside_rms(*pictures, torch.sigmoid(said["region"]).numpy())
-        parts = {"region": min(1.0, closeness(rms) / closeness(self.floor)), "rms": rms}
+        parts = {
+            "region": min(1.0, closeness(rms) / closeness(self.settings.get("floor", 0.0))),
+            "rms": rms,
+        }
         kept = [parts["region"]]
         if level(said["face"]) > 0.5:  # of the source, hence the same for a whole group
             parts["identity"] = level(said["identity"])

@@ -84,7 +84,7 @@ def crop_to(
 
 def letterbox(chw: Picture, side: int) -> Picture:
     """A picture as a square of `side` pixels: its longest side scaled to fit, the rest black on
-    both ends. One of that size already is returned as it is; whole multiples are averaged over area.
+    both ends. One of that size is returned as it is; whole multiples are averaged over area.
     """
     _, height, width = chw.shape
     if height == width == side:

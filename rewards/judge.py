@@ -186,15 +186,38 @@ def _oracle(axis: str) -> Judge:
     return OracleJudge(axis)
 
 
+def _shipped(name: str) -> Judge:
+    from rewards.trained import SHIPPED, open_judge
+
+    known = sorted(path.parent.name for path in SHIPPED.glob("*/card.json"))
+    if name not in known:
+        raise RewardConfigError(
+            f"expected one of {', '.join(f'scenes/{k}' for k in known)}, got 'scenes/{name}'"
+        )
+    return open_judge(SHIPPED / name)
+
+
 def load_judge(spec: str) -> Judge:
-    """The judge of a name: "oracle/<axis>", "module:name" or "path/file.py:name" (a function or a
-    judge).
+    """The judge of a name.
+
+    oracle/<axis>            the oracle of the scenes world
+    scenes/<judge>           one that ships, such as scenes/fidelity
+    <folder>                 one that `rlhf reward train` wrote
+    http://host:port/<name>  one that `rlhf reward serve` serves
+    hpsv2:<checkpoint>       HPSv2 or 2.1
+    module:name, file.py:name  a function f(images, prompts, sources, **columns), or a judge
 
     Raises:
         RewardConfigError: the name has another form, or what it names is missing or no judge.
     """
     if spec.startswith("oracle/"):
         return _oracle(spec.removeprefix("oracle/"))
+    if spec.startswith("scenes/"):
+        return _shipped(spec.removeprefix("scenes/"))
+    if (Path(spec) / "card.json").is_file():
+        from rewards.trained import open_judge
+
+        return open_judge(spec)
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise RewardConfigError(

@@ -51,6 +51,19 @@ class TowersModel(nn.Module):
             {name: make_head(config, *towers.widths) for name, config in heads.items()}
         )
 
+    @property
+    def reads(self) -> bool:
+        """Whether a head sees the prompt."""
+        return any(config.text for config in self.configs.values())
+
+    @staticmethod
+    def of(towers: Towers, heads: Mapping[str, tuple[HeadConfig, nn.Module]]) -> TowersModel:
+        """The same towers with heads that are there already."""
+        model = TowersModel(towers, {})
+        model.configs = {name: config for name, (config, _) in heads.items()}
+        model.heads = nn.ModuleDict({name: head for name, (_, head) in heads.items()})
+        return model
+
     def tokens(self, samples: Sequence[Sample], text: bool, source: bool) -> Tokens:
         """Tokens of B samples; equal pictures and prompts are computed once."""
         pictures = [s.image for s in samples]
@@ -113,8 +126,15 @@ class TowersJudge:
     CATEGORIES: ClassVar[tuple[str, ...]] = ("*",)
     NEEDS: ClassVar[tuple[Any, ...]] = ()
 
-    def __init__(self, model: TowersModel, card: JudgeCard, axis: str) -> None:
-        self.model, self.card, self.axis = model.eval().requires_grad_(False), card, axis
+    def __init__(
+        self,
+        model: TowersModel,
+        card: JudgeCard,
+        axis: str,
+        settings: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self.card, self.axis = model, card, axis
+        self.settings = dict(settings or {})
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One score per sample; each is independent of the others, up to 1e-6 of rounding."""
@@ -139,7 +159,7 @@ class TowersJudge:
     def flags(self, sample: Sample) -> tuple[str, ...]:
         """What was cut or scaled down before the model saw it."""
         towers, found = self.model.towers, []
-        if any(c.text for c in self.model.configs.values()) and towers.truncated(sample.prompt):
+        if self.model.reads and towers.truncated(sample.prompt):
             found.append("truncated")
         if max(sample.image.shape[1:]) > towers.side:
             found.append("downscaled")
@@ -156,7 +176,7 @@ class TowersJudge:
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
             parameter.data = torch.randn(parameter.shape, generator=generator) * spread
         card = replace(self.card, name=f"untrained/{self.card.name}", calibration=Calibration())
-        return type(self)(model, card, self.axis)
+        return type(self)(model, card, self.axis, self.settings)
 
 
 def level(logits: Tensor) -> float:
@@ -207,7 +227,8 @@ def save_judge(
 ) -> None:
     """Write a judge's folder; `towers` is a hub id or the path of their folder seen from it."""
     heads = {k: asdict(v) for k, v in judge.model.configs.items()}
-    about = {"family": "towers", "axis": judge.axis, "towers": towers, "heads": heads}
+    about: dict[str, Any] = {"family": "towers", "axis": judge.axis, "towers": towers}
+    about |= {"heads": heads, "settings": judge.settings}
     about["card"] = asdict(judge.card)
     weights = judge.model.heads.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,4 +259,6 @@ def open_judge(folder: str | Path) -> Judge:
         raise RewardConfigError(
             f"expected the weights of {list(about['heads'])} in '{folder / HEADS}': {error}"
         ) from error
-    return kind_of(about["axis"])(model, card_of(about["card"]), about["axis"])
+    model.eval().requires_grad_(False)
+    axis, settings = about["axis"], about.get("settings", {})
+    return kind_of(axis)(model, card_of(about["card"]), axis, settings)

@@ -1,9 +1,9 @@
 """open_clip's image and text tower, opened to their tokens.
 
 A folder in open_clip's layout (open_clip_config.json, weights, tokenizer), or a hub id, gives the
-two towers; judges put heads on the tokens or on the pooled features. Pictures are letterboxed to the
-tower's size, never cropped. While nothing is trained, tokens of a picture or a prompt are kept, so
-the judges of a panel that share towers pay for them once.
+two towers; judges put heads on the tokens or on the pooled features. Pictures are letterboxed to
+the tower's size, never cropped. While nothing is trained, tokens of a picture are kept, so the
+judges of a panel that share towers pay for them once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,44 @@ def identifier(source: str) -> str:
             f" laion/CLIP-ViT-B-32-laion2B-s34B-b79K, got '{source}'"
         )
     return f"hf-hub:{source}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of fresh towers; the default is that of the embedded judges."""
+
+    side: int = 64
+    patch: int = 16
+    width: int = 192
+    layers: int = 4
+    text_width: int = 96
+    text_layers: int = 2
+    context: int = 48
+    words: int = 400
+
+    def open_clip(self) -> dict[str, Any]:
+        """open_clip's `model_cfg`. Text is read in both directions, and padding is not pooled."""
+        vision = {
+            "image_size": self.side,
+            "layers": self.layers,
+            "width": self.width,
+            "head_width": 32,
+            "patch_size": self.patch,
+            "mlp_ratio": 3.0,
+        }
+        text = {
+            "context_length": self.context,
+            "vocab_size": self.words,
+            "width": self.text_width,
+            "heads": self.text_width // 32,
+            "layers": self.text_layers,
+            "mlp_ratio": 3.0,
+            "hf_tokenizer_name": "tokenizer",
+            "pool_type": "eos",
+            "eos_id": 1,
+            "no_causal_mask": True,
+        }
+        return {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}
 
 
 class Towers(nn.Module):
@@ -101,9 +140,7 @@ class Towers(nn.Module):
         """The text tower's last tokens, and which of them are there (the rest is padding)."""
         return self.states(self.tokens(texts))
 
-    def states(
-        self, ids: Int[Tensor, "b c"]
-    ) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
+    def states(self, ids: Int[Tensor, "b c"]) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
         """The same for token ids, as `tokens` gives them."""
         found = self.clip.forward_intermediates(
             text=ids, text_indices=1, normalize_intermediates=True, output_logits=False
@@ -211,5 +248,7 @@ def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.float32
     for file in (CONFIG, "tokenizer.json", "tokenizer_config.json"):
         if (origin / file).is_file() and origin != folder:
             shutil.copyfile(origin / file, folder / file)
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in towers.clip.state_dict().items()}
+    weights = {
+        k: v.detach().to("cpu", dtype).contiguous() for k, v in towers.clip.state_dict().items()
+    }
     save_file(weights, folder / WEIGHTS)

@@ -91,7 +91,7 @@ def rank(rng: np.random.Generator, axis: str, values: Sequence[float]) -> tuple[
 
 
 def touched(edit: Edit, patch: int = 8) -> Float[np.ndarray, " n"]:
-    """For each patch of the source at 64 px in reading order, 1 where the edit changes something."""
+    """For each patch of the source at 64 px, in reading order, 1 where the edit changes it."""
     changed = (render(edit.source) != render(edit.target)).any(0)
     side = len(changed) // patch
     return changed.reshape(side, patch, side, patch).any((1, 3)).reshape(-1).astype(np.float32)

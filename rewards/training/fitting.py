@@ -45,9 +45,10 @@ def fit_calibration(
     if len(x) < 2:
         return Calibration()
     x = np.concatenate([[min(0.0, x[0] - 1e-3)], x, [max(1.0, x[-1] + 1e-3)]])
-    ends = y[0] - (y[1] - y[0]) / (x[2] - x[1]) * (x[1] - x[0]), y[-1] + (y[-1] - y[-2]) / (
-        x[-2] - x[-3]
-    ) * (x[-1] - x[-2])
+    ends = (
+        y[0] - (y[1] - y[0]) / (x[2] - x[1]) * (x[1] - x[0]),
+        y[-1] + (y[-1] - y[-2]) / (x[-2] - x[-3]) * (x[-1] - x[-2]),
+    )
     y = np.clip(np.concatenate([[ends[0]], y, [ends[1]]]), 0.0, 1.0)
     y = 0.99 * y + 0.01 * (x - x[0]) / (x[-1] - x[0])
     return Calibration(raw=tuple(x.tolist()), value=tuple(y.tolist()))

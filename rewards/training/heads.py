@@ -3,8 +3,8 @@
 The answer is read as an expectation, E = sum_l l p_l, as arXiv:2606.27608 reads the score tokens of
 its judges. `MlpHead` stands on pooled features (after LAION's aesthetic predictor, with the
 non-linearity that one lacks), `FusionHead` lets a few queries and the words of the prompt look at
-the patches (after the cross-attention of MPS, arXiv:2405.14705), `RegionHead` answers for each patch
-of a source picture whether an instruction touches it, `FaceHead` is an embedding.
+the patches (after the cross-attention of MPS, arXiv:2405.14705), `RegionHead` answers for each
+patch of a source picture whether an instruction touches it, `FaceHead` is an embedding.
 """
 
 from __future__ import annotations

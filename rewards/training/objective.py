@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rewards.errors import RewardConfigError
 from rewards.training import losses
-from rewards.training.collate import Labels, LabelledBatch
+from rewards.training.collate import LabelledBatch, Labels
 from rewards.training.heads import expectation
 from rewards.types import Sample
 
@@ -67,7 +67,9 @@ class Objective(nn.Module):
         total, metrics = torch.zeros(()), {}
         for axis, logits in said.items():
             if axis == REGION:
-                loss = 2 * F.binary_cross_entropy_with_logits(logits.float(), batch.touched)
+                loss = 2 * F.binary_cross_entropy_with_logits(
+                    logits.float(), coarser(batch.touched, logits.shape[-1])
+                )
             else:
                 place = torch.full((len(batch.samples),), -1)
                 place[wanted[axis]] = torch.arange(len(wanted[axis]))
@@ -109,6 +111,13 @@ class Objective(nn.Module):
         if self.config.pair == "davidson":
             return losses.davidson(scale * a, scale * b, y, self.tie[axis], w)
         return losses.bradley_terry(scale * (a - b), y, w, self.config.margin)
+
+
+def coarser(mask: Tensor, patches: int) -> Tensor:
+    """Masks (B, n x n) on fewer patches: touched where any part of a patch is."""
+    fine, side = round(mask.shape[-1] ** 0.5), round(patches**0.5)
+    square = mask.view(-1, 1, fine, fine)
+    return F.adaptive_max_pool2d(square, side).view(len(mask), -1)
 
 
 def _variance(logits: Tensor) -> Tensor:
