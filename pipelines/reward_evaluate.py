@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rewards.benchmark.measure import CANARY_BAR, Findings, Settings, measure
+from rewards.benchmark.measure import CANARY_BAR, Findings, Metric, Settings, measure
 from rewards.benchmark.rows import Bench, bench, read_judgements
 from rewards.judge import Judge, load_judge
 from rlhf import judge_plots, markup
@@ -121,13 +121,25 @@ def split(config: EvaluateConfig, name: str, axis: str) -> Bench:
 # --- the page -------------------------------------------------------------------------------------
 
 
+def canary_rates(
+    metrics: Mapping[str, Metric], stem: str = ""
+) -> tuple[dict[str, Metric], dict[str, Metric]]:
+    """Of each canary all wins, and the unearned ones where the gold is known."""
+    wins: dict[str, Metric] = {}
+    unearned: dict[str, Metric] = {}
+    for key, metric in metrics.items():
+        if key.startswith(f"{stem}canary/"):
+            name, _, kind = key.removeprefix(f"{stem}canary/").partition("/")
+            (unearned if kind else wins)[name] = metric
+    return wins, unearned
+
+
 def draw(name: str, found: Findings, folder: Path) -> dict[str, Path]:
     """PNG files of the figures that have data, by heading."""
-    rates = {k.removeprefix("canary/"): m for k, m in found.metrics.items() if "canary/" in k}
     figures = {
         "Reliability": judge_plots.reliability(found.bins),
         "Score against gold": judge_plots.against_gold(found.gold, found.score),
-        "Canaries": judge_plots.canaries(rates, CANARY_BAR),
+        "Canaries": judge_plots.canaries(*canary_rates(found.metrics), CANARY_BAR),
     }
     saved = {}
     for heading, figure in figures.items():
@@ -219,14 +231,16 @@ def plan_evaluate(config: EvaluateConfig) -> str:
 
 
 def _rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of judges."""
+    """Head and lines of the table of judges; the worst canary by wins that its gold does not
+    explain.
+    """
     metrics, lines = result["metrics"], []
     for name in result["judges"]:
         cells = [_cell(metrics.get(f"judge/{name}/{key}")) for key in COLUMNS]
-        stem = f"judge/{name}/canary/"
-        rates = {k.removeprefix(stem): m["value"] for k, m in metrics.items() if k.startswith(stem)}
-        worst = max(rates, key=lambda k: rates[k]) if rates else ""
-        cells.append(f"{rates[worst]:.3f} {worst}" if rates else "-")
+        wins, unearned = canary_rates(metrics, f"judge/{name}/")
+        rates = {key: metric["value"] for key, metric in (wins | unearned).items()}
+        worst = max(rates, key=lambda key: rates[key]) if any(rates.values()) else ""
+        cells.append(f"{rates.get(worst, 0.0):.3f} {worst}".rstrip() if rates else "-")
         lines.append([name, *cells])
     return ["", *COLUMNS.values(), "worst canary"], lines
 

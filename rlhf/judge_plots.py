@@ -47,18 +47,25 @@ def against_gold(gold: np.ndarray, score: np.ndarray) -> Figure | None:
     return figure
 
 
-def canaries(rates: Mapping[str, Metric], bar: float) -> Figure | None:
-    """How often each canary beats its clean picture; red above the bar."""
-    if not rates:
+def canaries(
+    wins: Mapping[str, Metric], unearned: Mapping[str, Metric], bar: float
+) -> Figure | None:
+    """How often each canary beats its clean picture, in red where its gold is not better (where
+    nobody knows, all of it).
+    """
+    if not wins:
         return None
-    figure, (ax,) = grid(1, 1, 0.9 + 0.34 * len(rates))
-    for position, one in enumerate(rates.values()):
-        above = one["value"] > bar
-        ax.barh(position, one["value"], 0.6, color=COLOURS[7] if above else BEFORE)
-        ax.plot([one["low"], one["high"]], [position] * 2, color=INK, lw=1.2, marker="|", ms=6)
+    figure, (ax,) = grid(1, 1, 0.9 + 0.34 * len(wins))
+    for position, (name, one) in enumerate(wins.items()):
+        bad = unearned.get(name, one)
+        ax.barh(position, one["value"], 0.6, color=BEFORE, label="earned" * (position == 0))
+        label = "unearned" * (position == 0)
+        ax.barh(position, bad["value"], 0.6, color=COLOURS[7], label=label)
+        ax.plot([bad["low"], bad["high"]], [position] * 2, color=INK, lw=1.2, marker="|", ms=6)
     ax.axvline(bar, color=MUTED, lw=1, ls="--")
     ax.grid(axis="x", color=GRID, linewidth=0.8)
-    ax.set_yticks(range(len(rates)), list(rates), fontsize=8.5, color=INK)
+    ax.set_yticks(range(len(wins)), list(wins), fontsize=8.5, color=INK)
+    legend(ax)
     ax.set_xlim(0, 1)
     ax.invert_yaxis()
     title(ax, f"share of pictures that score higher spoilt; the bar is {bar:.0%}")

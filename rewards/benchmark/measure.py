@@ -199,29 +199,58 @@ def _asked_for(
     return out
 
 
-def on_probes(
+def _oracle(axis: str) -> Judge | None:
+    """Who knows the gold of any picture of a scene; of other axes nobody."""
+    from rewards.scenes.judge import OracleJudge
+    from rewards.scenes.oracle import AXES
+
+    return OracleJudge(axis) if axis in AXES else None
+
+
+def _wins(gap: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return np.where(np.isnan(gap), np.nan, (gap > 0).astype(float))
+
+
+def on_canaries(
     judge: Judge, answers: Answers, test: Bench, settings: Settings, axis: str
 ) -> dict[str, Metric]:
     """`canary/<name>`: share of clean pictures whose canary scores higher (a tie is no preference).
-    `bias/<measure>`: correlation of the score with it over clean pictures. `bias/<change>/shift`
-    and `/size`: mean and mean |difference| it makes, in standard deviations over clean pictures.
+
+    `canary/<name>/unearned`: the share in which it does and its gold is not higher: where the
+    oracle can read the canary against a target, for some spoilt pictures are better on one axis
+    taken alone.
     """
     index = clean(test, settings.probes)
     samples, group = [test.samples[i] for i in index], test.group[index]
-    before, seed, batch = answers.value[index], settings.seed, settings.batch
+    oracle, seed, batch = _oracle(axis), settings.seed, settings.batch
+    gold = ask(oracle, samples, batch).value if oracle else None
     found: dict[str, Metric | None] = {}
     for name, canary in probes.canaries(samples, axis).items():
-        gap = _asked_for(judge, samples, canary, batch) - before
-        wins = np.where(np.isnan(gap), np.nan, (gap > 0).astype(float))
+        wins = _wins(_asked_for(judge, samples, canary, batch) - answers.value[index])
         found[f"canary/{name}"] = mean(wins, group, seed)
-    kept = ~np.isnan(before)
-    scale = float(before[kept].std()) if kept.any() else 0.0
+        if oracle and gold is not None:
+            earned = _wins(_asked_for(oracle, samples, canary, batch) - gold)
+            found[f"canary/{name}/unearned"] = mean(wins * (1 - earned), group, seed)
+    return _present(found)
+
+
+def on_biases(judge: Judge, answers: Answers, test: Bench, settings: Settings) -> dict[str, Metric]:
+    """`bias/<measure>`: correlation of the score with it over clean pictures. `bias/<change>/shift`
+    and `/size`: mean and mean |difference| that a change makes to clean pictures, in standard
+    deviations of the judge's scores over all test pictures.
+    """
+    index = clean(test, settings.probes)
+    samples, group = [test.samples[i] for i in index], test.group[index]
+    before, seed = answers.value[index], settings.seed
+    kept, known = ~np.isnan(before), answers.value[~np.isnan(answers.value)]
+    scale = float(known.std()) if known.size and np.ptp(known) > 0 else 0.0
+    found: dict[str, Metric | None] = {}
     for name, measure in probes.MEASURES.items():
         reading = np.array([measure(one.image) for one in samples])[kept]
         found[f"bias/{name}"] = _correlated(before[kept], reading, group[kept], seed)
     for name, change in probes.CHANGES.items():
         if scale > 0:
-            shift = (_asked_for(judge, samples, change, batch) - before) / scale
+            shift = (_asked_for(judge, samples, change, settings.batch) - before) / scale
             found[f"bias/{name}/shift"] = mean(shift, group, seed)
             found[f"bias/{name}/size"] = mean(np.abs(shift), group, seed)
     return _present(found)
@@ -268,9 +297,9 @@ def measure(judge: Judge, dev: Bench, test: Bench, settings: Settings, axis: str
     """Everything, with the untrained judge beside under `untrained/`."""
     findings, answers = accuracy_of(judge, dev, test, settings)
     beside, _ = accuracy_of(untrained(judge, settings.seed), dev, test, settings)
-    findings.metrics.update(
-        steadiness(judge, test, settings) | on_probes(judge, answers, test, settings, axis)
-    )
+    findings.metrics.update(steadiness(judge, test, settings))
+    findings.metrics.update(on_canaries(judge, answers, test, settings, axis))
+    findings.metrics.update(on_biases(judge, answers, test, settings))
     findings.metrics.update(
         {
             f"untrained/{name}": beside.metrics[name]

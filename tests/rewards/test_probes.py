@@ -7,7 +7,7 @@ import pytest
 
 from rewards import probes
 from rewards.benchmark.asking import ask
-from rewards.benchmark.measure import Settings, measure, on_probes
+from rewards.benchmark.measure import Settings, measure, on_biases, on_canaries
 from rewards.benchmark.rows import bench, read_judgements
 from rewards.judge import FunctionJudge, load_judge
 from rewards.scenes import world
@@ -144,7 +144,10 @@ def test_set(tmp_path_factory):
 
 def _probed(function, test, axis="fidelity"):
     judge = FunctionJudge(function, "mine")
-    return on_probes(judge, ask(judge, test.samples), test, Settings(), axis)
+    answers = ask(judge, test.samples)
+    return on_canaries(judge, answers, test, Settings(), axis) | on_biases(
+        judge, answers, test, Settings()
+    )
 
 
 def test_a_judge_that_loves_saturation_is_caught(test_set):
@@ -153,6 +156,23 @@ def test_a_judge_that_loves_saturation_is_caught(test_set):
     assert found["bias/saturation"]["value"] == pytest.approx(1.0)
     assert found["bias/longer_prompt/size"]["value"] == 0.0
     assert "canary/source_copy" not in found
+
+
+def test_a_canary_that_is_truly_better_on_the_axis_is_earned(tmp_path):
+    """The oracle of taste prefers a grid on these, so a judge that does is not to blame."""
+    rows = records("aesthetics", 12, 0)
+    test = bench(read_judgements(write(tmp_path, "test", rows), "test"))
+    oracle = load_judge("oracle/aesthetics")
+    found = on_canaries(oracle, ask(oracle, test.samples), test, Settings(), "aesthetics")
+    assert found["canary/grid"]["value"] > 0.5
+    assert found["canary/grid/unearned"]["value"] == 0.0
+    lover = _probed(loves_saturation, test, "aesthetics")
+    both = lover["canary/oversaturated"]["value"], lover["canary/oversaturated/unearned"]["value"]
+    gold = found["canary/oversaturated"]["value"]
+    assert both == (1.0, pytest.approx(1 - gold)) and 0 < gold < 1
+    free = _probed(loves_saturation, test, "an axis of my own")
+    assert free["canary/oversaturated"]["value"] == 1.0
+    assert not any(name.endswith("unearned") for name in free)
 
 
 def test_a_tie_is_no_preference(test_set):
@@ -175,7 +195,7 @@ def test_the_oracle_is_deceived_by_no_canary(test_set):
     judge = load_judge("oracle/fidelity")
     metrics = measure(judge, test_set, test_set, Settings(), "fidelity").metrics
     rates = {k: m["value"] for k, m in metrics.items() if k.startswith("canary/")}
-    assert len(rates) == 6 and max(rates.values()) == 0.0, rates
+    assert len(rates) == 12 and max(rates.values()) == 0.0, rates
     assert metrics["drift"]["value"] == 0.0 and metrics["swap_consistency"]["value"] == 1.0
 
 
@@ -183,7 +203,7 @@ def test_a_copy_of_the_source_obeys_nothing(tmp_path):
     rows = records("instruction", 12, 0, category="edits")
     test = bench(read_judgements(write(tmp_path, "test", rows), "test"))
     judge = load_judge("oracle/instruction")
-    found = on_probes(judge, ask(judge, test.samples), test, Settings(), "instruction")
+    found = on_canaries(judge, ask(judge, test.samples), test, Settings(), "instruction")
     assert found["canary/source_copy"]["value"] == found["canary/collage"]["value"] == 0.0
     copies = [probes.source_copy(s) for s in test.samples[:1]]
     assert ask(judge, copies).value[0] < 0.3
