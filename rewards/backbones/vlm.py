@@ -223,6 +223,7 @@ class VlmRewardModel(nn.Module):
             max_new_tokens=self.settings.rationale_tokens + 8,
             do_sample=False,
             pad_token_id=self.processor.tokenizer.pad_token_id,
+            eos_token_id=self.processor.tokenizer.eos_token_id,
         )
         new = ids[:, given["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
