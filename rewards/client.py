@@ -77,6 +77,10 @@ class RemoteJudge:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_http": None}  # connections stay here
 
+    def __del__(self) -> None:
+        if self.__dict__.get("_http") is not None:
+            self._http.close()  # type: ignore[union-attr]
+
     def __repr__(self) -> str:
         return f"RemoteJudge({self.url!r})"
 

@@ -205,13 +205,17 @@ def make_app(judges: Mapping[str, Judge], config: ServerConfig) -> FastAPI:
     return app
 
 
-def run_app(app: FastAPI, config: ServerConfig) -> None:
-    """Run an application of `make_app` until SIGINT or SIGTERM, which is raised again at the end,
-    as uvicorn does. Raises OSError if the port is taken.
-    """
+def listen(config: ServerConfig) -> socket.socket:
+    """The socket of a server. Raises OSError if the port is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
-    server = uvicorn.Server(
+    return socket.create_server((config.host, config.port), family=family, backlog=CONNECTIONS)
+
+
+def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
+    """A server for `run(sockets=[listen(config)])`; SIGINT and SIGTERM end it and are raised again
+    at the end.
+    """
+    return uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -221,7 +225,6 @@ def run_app(app: FastAPI, config: ServerConfig) -> None:
             server_header=False,
         )
     )
-    server.run(sockets=[listener])
 
 
 def serve(judges: Mapping[str, Judge], config: ServerConfig) -> dict[str, dict[str, int]]:
@@ -237,7 +240,7 @@ def serve(judges: Mapping[str, Judge], config: ServerConfig) -> dict[str, dict[s
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
-        run_app(app, config)
+        make_server(app, config).run(sockets=[listen(config)])
     except KeyboardInterrupt:
         pass
     finally:

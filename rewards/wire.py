@@ -128,20 +128,22 @@ def from_png(text: str, largest: int) -> np.ndarray:
 
 
 def _plain(value: object, where: str) -> None:
-    """Raise JudgeError unless `value` comes out of JSON as it went in."""
+    """Raise JudgeError, or UnicodeEncodeError, unless `value` comes out of JSON as it went in."""
     if isinstance(value, dict) and all(type(key) is str for key in value):
         for key, item in value.items():
             _plain(item, f"{where}.{key}")
     elif type(value) is list:
         for i, item in enumerate(value):
             _plain(item, f"{where}[{i}]")
-    elif type(value) not in (type(None), bool, int, float, str) or (
+    elif type(value) is str:
+        value.encode()
+    elif type(value) not in (type(None), bool, int, float) or (
         type(value) is float and not math.isfinite(value)
     ):
         raise JudgeError(
             f"{where}: expected a JSON value (None, bool, int, finite float, str, list, or dict "
-            f"with str keys), got {type(value).__name__} {str(value)[:40]!r}: convert the column, or "
-            "load this judge in the process that uses it"
+            f"with str keys), got {type(value).__name__} {str(value)[:40]!r}: convert "
+            "the column, or load this judge in the process that uses it"
         )
 
 
@@ -152,8 +154,10 @@ def encode_sample(sample: Sample) -> WireSample:
         JudgeError: a column or text that JSON cannot carry unchanged. ImageError: no uint8 RGB.
     """
     columns = dict(sample.columns)
-    _plain(columns, "columns")
     try:
+        _plain(columns, "columns")
+        for name in ("prompt", "category", "target"):
+            (getattr(sample, name) or "").encode()
         return WireSample(
             image=to_png(sample.image),
             prompt=sample.prompt,
@@ -162,8 +166,8 @@ def encode_sample(sample: Sample) -> WireSample:
             target=sample.target,
             columns=columns,  # type: ignore[arg-type]
         )
-    except ValidationError as error:
-        raise JudgeError(f"expected a sample that JSON can carry: {complaint(error)}") from error
+    except UnicodeEncodeError as error:
+        raise JudgeError(f"expected text that UTF-8 can carry, got {error}: mend it") from error
 
 
 def decode_sample(item: WireSample, where: str, largest: int) -> Sample:
