@@ -156,6 +156,15 @@ PROGRAMS = (
         ("rlhf bench step --config bench/step", "rlhf bench step --config bench/step --json"),
     ),
     Program(
+        "reward serve",
+        "serve judges over HTTP",
+        (
+            "rlhf reward serve --config reward/serve",
+            "rlhf reward serve 'judges={fidelity: oracle/fidelity}' port=8001",
+        ),
+        module="reward_serve",
+    ),
+    Program(
         "data",
         "filter a data set for pretraining",
         (

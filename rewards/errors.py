@@ -3,6 +3,7 @@
 RewardError
     + RewardConfigError (ValueError)   a judge's name, card or setting is wrong
     + JudgeError (RuntimeError)        a judge failed, or returned something that is not a score
+        + JudgeBusy                    its queue is full, or it is being stopped: ask again later
     + DataError (ValueError)           judgements of people do not fit the schema, or a split leaks
     + ImageError (ValueError)          pixels have the wrong layout, dtype or size, or a file is no
     picture
@@ -22,6 +23,10 @@ class RewardConfigError(RewardError, ValueError):
 
 class JudgeError(RewardError, RuntimeError):
     """A judge failed, or returned something that is not a score."""
+
+
+class JudgeBusy(JudgeError):
+    """A judge takes no more samples for now; asking again later is right."""
 
 
 class DataError(RewardError, ValueError):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rewards.errors import JudgeError, RewardConfigError
-from rewards.scenes.judge import OracleJudge
 from rewards.judge import FunctionJudge, Judge, load_judge, run_judge
 from rewards.scenes import world
+from rewards.scenes.judge import OracleJudge
 from rewards.scenes.oracle import AXES
 from rewards.scenes.render import render
 from rewards.types import JudgeCard, Sample, Score, Scores, failed, not_applicable
