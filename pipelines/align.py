@@ -64,7 +64,7 @@ class Recorder:
         """See `rlhf.loop.Observer`. Returns the version that the next rollouts use."""
         c = self.config
         row |= {"samples": sum(len(r.seeds) for r in refs), "policy_version": version.step}
-        row |= {"nfe": self.forwards(), "reward_calls": row["samples"] * len(c.judges)}
+        row |= {"nfe": self.forwards(), "reward_calls": row["samples"] * len(c.recipe().judges)}
         last = iteration == c.iterations
         if last or (c.evaluation.every and iteration % c.evaluation.every == 0):
             row |= self.measure("train", f"step_{iteration:06d}").row()
@@ -184,6 +184,7 @@ def load_evaluation(home: Run) -> Evaluation | None:
 def plan(config: Config) -> str:
     """The arithmetic of an iteration, for --dry-run."""
     samples = config.prompts_per_iteration * config.group_size
+    judges = len(config.recipe().judges)
     branches = 2 if config.rollout.guidance > 1 else 1
     trained = config.rollout.window[1] - config.rollout.window[0] if config.loss.loss.form else 1
     per_update = samples * trained
@@ -197,7 +198,7 @@ def plan(config: Config) -> str:
             f"  training: {config.loss.updates_per_rollout} updates x {per_update} transitions"
             f" = {config.loss.updates_per_rollout * per_update} forward+backward,"
             f" {config.loss.updates_per_rollout * old} forwards",
-            f"  judges: {len(config.judges)} x {samples} = {len(config.judges) * samples} calls",
+            f"  judges: {judges} x {samples} = {judges * samples} calls",
             f"total: {config.iterations} iterations, {config.iterations * samples} pictures",
             f"memory: {memory(config)}",
         ]

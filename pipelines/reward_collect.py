@@ -2,9 +2,10 @@
 
 Some are the world's own candidates (`rewards.scenes.candidates`: right, wrong and worn), some are
 samples of models at several settings; each prompt's pictures are one group. Every axis that is
-asked of a prompt gives one rank over the group and one rating per picture (`rewards.scenes.annotators`). Train
-prompts are of the training split of the world, dev and test prompts held out; `align-heldout` is
-never touched. Train rows hold no gold values, the others do, in columns `gold`, `origin`, `target`.
+asked of a prompt gives one rank over the group and one rating per picture
+(`rewards.scenes.annotators`). Train prompts are of the training split of the world, dev and test
+prompts held out; `align-heldout` is never touched. Train rows hold no gold values, the others do,
+in columns `gold`, `origin`, `target`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,18 @@
-"""Group-relative advantages, judge by judge:
+"""Group-relative advantages of several judges, by one of three schemes:
 
-    A_i = clip( sum_k w_k (r_ki - mean_k) / sqrt(var_k + floor_k^2) )        arXiv:2601.05242
+    mo-grpo    A_i = sum_k w_k (r_ki - mean_k) / sqrt(var_k + floor_k^2)     arXiv:2509.22047
+    gdpo       (A_i - mean(A)) / (std(A) + 1e-4), over the live samples of
+               the batch, A_i as in mo-grpo                                  arXiv:2601.05242
+    weighted   (R_i - mean) / sqrt(var + floor^2) with R_i = sum_k w_k r_ki,
+               floor^2 = sum_k w_k^2 floor_k^2
 
-mean_k and var_k (population) run over the valid members of one prompt group, floor_k is the
-judge's own noise floor, and w_k are the weights of the prompt's category, renormalised over the
-judges that apply to the group.
+then clipped. mean and var (population) run over the valid members of one prompt group, floor_k is
+the judge's own noise floor, and w_k are the weights of the prompt's category, renormalised over the
+judges that apply to the group. The first is that of Qwen-Image-2.0 (arXiv:2606.27608). `weighted`
+lets the judge of the largest spread win, and needs all scores of a sample. Scores of a judge whose
+card says `better: lower` are turned round.
 
-Rules that differ from, or are not in, the paper:
+Rules that differ from, or are not in, the papers:
 1. No score is ever invented. A sample that a required judge failed on is left out altogether;
    where another judge failed on it, it is left out of that judge's statistics and gets nothing
    from it.
@@ -18,6 +24,7 @@ Rules that differ from, or are not in, the paper:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +35,8 @@ from rewards.types import JudgeCard, Scores
 from rlhf.errors import ConfigError
 from rlhf.types import Advantages
 
+Scheme = Literal["mo-grpo", "gdpo", "weighted"]
+EPSILON = 1e-4  # of gdpo's standard deviation
 ANY = "*"  # category whose weights hold where a category has none of its own
 
 
@@ -55,8 +64,10 @@ class AdvantageReport:
     """Counts by category, and `metrics` ready for a log row.
 
     `reward/<judge>/{mean,std}` over ok scores (std is population), `{failed,na}` as shares of all
-    samples, `reward/total` = mean weighted raw score of samples with every applying score,
-    `advantage/live` = share. Means over nothing are absent rather than 0.
+    samples, `reward/total` = mean weighted score of samples with every applying score, higher is
+    better, `advantage/live` = share, `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's
+    part of A, over the live samples of groups in which it has a weight. For watching judges the
+    first four are called `watch/...`. Means over nothing are absent rather than 0.
     """
 
     by_category: Mapping[str, GroupCounts]
@@ -65,12 +76,21 @@ class AdvantageReport:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The scores of one group as arrays, judge by judge: J x G, NaN where there is no value."""
+    """The scores of one group as arrays, judge by judge: J x G, 0 where there is no value."""
 
-    value: Float[np.ndarray, "j g"]
+    value: Float[np.ndarray, "j g"]  # higher is better
     valid: Bool[np.ndarray, "j g"]  # ok, and the sample passed the required judges
     excluded: Bool[np.ndarray, " g"]  # a required judge failed on it
     weight: Float[np.ndarray, " j"]  # sums to 1 over the judges that apply, or all 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What each judge adds to the advantages of a group, 0 where it adds nothing."""
+
+    part: Float[np.ndarray, "j g"]
+    live: Bool[np.ndarray, " g"]
+    fate: str  # a field of GroupCounts
 
 
 def group_advantages(
@@ -79,40 +99,44 @@ def group_advantages(
     categories: Sequence[str],
     required: Sequence[str] = (),
     clip: float = 5.0,
+    scheme: Scheme = "mo-grpo",
+    watch: Sequence[str] = (),
 ) -> tuple[Advantages, AdvantageReport]:
     """Advantages of P groups of G samples (float64 inside, float32 out) and what was dropped.
 
     `weights` maps category -> judge -> weight >= 0, with "*" for all other categories;
-    `categories` holds one per group; `required` names judges whose failure takes the sample out.
-    Non-live values are exactly 0. Raises ConfigError for unknown judges, negative or all-zero
-    weights, or a category without weights.
+    `categories` holds one per group; `required` names judges whose failure takes the sample out;
+    `watch` those that have no say. Non-live values are exactly 0. Raises ConfigError for unknown
+    judges, negative or all-zero weights, a category without weights, or a judge that
+    watches and weighs.
     """
-    _check(scores, weights, categories, required)
+    _check(scores, weights, categories, required, watch)
     counts: dict[str, GroupCounts] = {}
-    values, lives, totals = [], [], []
+    groups, found = [], []
     for p, category in enumerate(categories):
         group = _read(scores, p, _weights_of(weights, category), required)
-        value, live, fate = _advantage(group, scores.judges)
-        counts[category] = counts.get(category, GroupCounts()).plus(fate)
-        values.append(np.clip(value, -clip, clip))
-        lives.append(live)
-        totals.append(_total(group))
-    live = np.stack(lives)
-    metrics = _judge_metrics(scores)
-    raw = np.concatenate(totals)
-    if raw.size:
-        metrics["reward/total"] = float(raw.mean())
+        parts = _weighted(group, scores.judges) if scheme == "weighted" else _sum(group, scores)
+        counts[category] = counts.get(category, GroupCounts()).plus(parts.fate)
+        groups.append(group)
+        found.append(parts)
+    live = np.stack([parts.live for parts in found])
+    raw = np.stack([parts.part.sum(axis=0) for parts in found])
+    value = np.clip(_over_batch(raw, live) if scheme == "gdpo" else raw, -clip, clip)
+    metrics = _judge_metrics(scores, watch)
+    totals = np.concatenate([_total(group) for group in groups])
+    if totals.size:
+        metrics["reward/total"] = float(totals.mean())
     metrics["advantage/live"] = float(live.mean())
+    metrics |= _shares(scores.judges, groups, found, value)
     advantages = Advantages(
-        value_PG=torch.from_numpy(np.stack(values).astype(np.float32)),
-        live_PG=torch.from_numpy(live),
+        value_PG=torch.from_numpy(value.astype(np.float32)), live_PG=torch.from_numpy(live)
     )
     return advantages, AdvantageReport(by_category=counts, metrics=metrics)
 
 
-def _advantage(group: _Group, judges: Sequence[JudgeCard]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Values (0 where not live), live flags, and the group's fate: a field of GroupCounts."""
-    value = np.zeros(group.value.shape[1])
+def _sum(group: _Group, scores: Scores) -> _Parts:
+    """mo-grpo: every judge normalised by itself."""
+    part = np.zeros_like(group.value)
     informed = np.zeros(group.value.shape[1], dtype=bool)
     flat: list[float] = []  # for each judge with equal scores, where in its range they lie
     for k in np.flatnonzero(group.weight).tolist():
@@ -121,14 +145,65 @@ def _advantage(group: _Group, judges: Sequence[JudgeCard]) -> tuple[np.ndarray, 
             continue
         r = group.value[k, valid]
         if r.max() == r.min():
-            flat.append((r[0] - judges[k].low) / (judges[k].high - judges[k].low))
+            flat.append(_height(scores.judges[k], r[0]))
             continue
-        spread = np.sqrt(r.var() + judges[k].noise_floor ** 2)
-        value[valid] += group.weight[k] * (r - r.mean()) / spread
+        spread = np.sqrt(r.var() + scores.judges[k].noise_floor ** 2)
+        part[k, valid] = group.weight[k] * (r - r.mean()) / spread
         informed |= valid
-    if informed.any():
-        return value, informed, "live"
-    return value, informed, _fate(group, flat)
+    return _Parts(part, informed, "live" if informed.any() else _fate(group, flat))
+
+
+def _weighted(group: _Group, judges: Sequence[JudgeCard]) -> _Parts:
+    """The weighted sum of the raw scores, normalised; samples without all of them are left out."""
+    part = np.zeros_like(group.value)
+    counts = group.weight > 0
+    whole = group.valid[counts].all(axis=0) & counts.any()
+    live = np.zeros_like(whole)
+    if whole.sum() < 2:
+        return _Parts(part, live, _fate(group, ()))
+    r = group.weight[:, None] * group.value[:, whole]
+    total = r.sum(axis=0)
+    if np.ptp(total) <= 1e-12 * np.abs(r).max():  # equal but for rounding
+        at = [_height(card, group.value[k, whole][0]) for k, card in enumerate(judges) if counts[k]]
+        return _Parts(part, live, _fate(group, at))
+    floors = group.weight * [card.noise_floor for card in judges]
+    part[:, whole] = (r - r.mean(axis=1, keepdims=True)) / np.sqrt(total.var() + floors @ floors)
+    return _Parts(part, whole, "live")
+
+
+def _over_batch(value: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """gdpo: P x G advantages normalised over the live samples of the batch."""
+    out = np.zeros_like(value)
+    if live.any():
+        own = value[live]
+        out[live] = (own - own.mean()) / (own.std() + EPSILON)
+    return out
+
+
+def _shares(
+    judges: Sequence[JudgeCard],
+    groups: Sequence[_Group],
+    found: Sequence[_Parts],
+    value: np.ndarray,
+) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for k, card in enumerate(judges):
+        has = [p for p, group in enumerate(groups) if group.weight[k] > 0]
+        mine = np.concatenate([np.zeros(0), *(found[p].part[k, found[p].live] for p in has)])
+        whole = np.concatenate([np.zeros(0), *(value[p, found[p].live] for p in has)])
+        if mine.size > 1 and np.ptp(mine) > 0 and np.ptp(whole) > 0:
+            shares[f"advantage/share/{card.name}"] = float(abs(np.corrcoef(mine, whole)[0, 1]))
+    return shares
+
+
+def _sign(card: JudgeCard) -> float:
+    return 1.0 if card.better == "higher" else -1.0
+
+
+def _height(card: JudgeCard, value: float) -> float:
+    """Where a value (higher is better) lies between the bad (0) and the good end of its range."""
+    worst = card.low if card.better == "higher" else -card.high
+    return (value - worst) / (card.high - card.low)
 
 
 def _fate(group: _Group, flat: Sequence[float]) -> str:
@@ -142,7 +217,8 @@ def _fate(group: _Group, flat: Sequence[float]) -> str:
 def _read(scores: Scores, p: int, weights: Mapping[str, float], required: Sequence[str]) -> _Group:
     rows = [to_arrays(scores.table[card.name][p]) for card in scores.judges]
     ok, na = np.stack([row.ok for row in rows]), np.stack([row.na for row in rows])
-    value = np.stack([row.value for row in rows])
+    signs = np.array([_sign(card) for card in scores.judges])[:, None]
+    value = np.where(ok, signs * np.stack([row.value for row in rows]), 0.0)
     must = np.array([card.name in required for card in scores.judges])
     excluded = np.any(~ok & ~na & must[:, None], axis=0)
     weight = np.array([weights.get(card.name, 0.0) for card in scores.judges]) * ~na.all(axis=1)
@@ -160,16 +236,17 @@ def _total(group: _Group) -> np.ndarray:
     return group.weight[counts] @ group.value[counts][:, whole]
 
 
-def _judge_metrics(scores: Scores) -> dict[str, float]:
+def _judge_metrics(scores: Scores, watch: Sequence[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for card in scores.judges:
+        name = f"{'watch' if card.name in watch else 'reward'}/{card.name}"
         found = to_arrays([s for group in scores.table[card.name] for s in group])
         value = found.value[found.ok]
         if value.size:
-            metrics[f"reward/{card.name}/mean"] = float(value.mean())
-            metrics[f"reward/{card.name}/std"] = float(value.std())
+            metrics[f"{name}/mean"] = float(value.mean())
+            metrics[f"{name}/std"] = float(value.std())
         for state, masked in (("failed", found.failed), ("na", found.na)):
-            metrics[f"reward/{card.name}/{state}"] = float(masked.sum() / max(masked.size, 1))
+            metrics[f"{name}/{state}"] = float(masked.sum() / max(masked.size, 1))
     return metrics
 
 
@@ -188,8 +265,9 @@ def _check(
     weights: Mapping[str, Mapping[str, float]],
     categories: Sequence[str],
     required: Sequence[str],
+    watch: Sequence[str],
 ) -> None:
-    known = {card.name for card in scores.judges}
+    known = {card.name for card in scores.judges} - set(watch)
     for name in [*required, *(judge for row in weights.values() for judge in row)]:
         if name not in known:
             raise ConfigError(
@@ -202,7 +280,7 @@ def _check(
                 f"expected weights >= 0 with a positive sum for {category!r}, got {dict(row)}: "
                 "turn a judge that should be low the other way round instead"
             )
-    groups = {len(scores.table[name]) for name in known}
+    groups = {len(groups) for groups in scores.table.values()}
     if groups != {len(categories)}:
         raise ValueError(
             f"expected one category per group, got {len(categories)} for {sorted(groups)} groups: "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from rewards.types import Scores
-from rlhf.advantage import group_advantages
+from rlhf.advantage import Scheme, group_advantages
 from rlhf.cluster.base import Cluster
 from rlhf.errors import TooManyFailures
 from rlhf.rollout import Request
@@ -36,6 +36,12 @@ class Plan(Protocol):
 
     @property
     def advantage_clip(self) -> float: ...
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def watch(self) -> Sequence[str]: ...
 
     @property
     def max_failed_share(self) -> float: ...
@@ -83,7 +89,13 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
         check_failures(scores, plan.max_failed_share)
         categories = [p.category for p in request.prompts]
         advantages, judged = group_advantages(
-            scores, plan.weights, categories, plan.required, plan.advantage_clip
+            scores,
+            plan.weights,
+            categories,
+            plan.required,
+            plan.advantage_clip,
+            plan.scheme,
+            plan.watch,
         )
         with clock("train"):
             report = cluster.update(refs, advantages)

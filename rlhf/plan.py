@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rewards.types import JudgeCard
+from rlhf.advantage import Scheme
 from rlhf.alignment import AlignmentConfig, LossConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
 from rlhf.errors import ConfigError
@@ -50,7 +51,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One alignment run. `weights`: category -> judge -> weight, "*" for every other category."""
+    """One alignment run. `weights`: category -> judge -> weight, "*" for every other category.
+
+    `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
+    `scheme`.
+    """
 
     name: str = "align"
     runs: str = "runs"
@@ -68,6 +73,8 @@ class Config:
     judges: tuple[str, ...] = ("oracle/fidelity",)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    scheme: Scheme = "mo-grpo"
+    watch: tuple[str, ...] = ()
     judge_retries: int = 1
     advantage_clip: float = 5.0
     max_failed_share: float = 0.2
@@ -97,6 +104,11 @@ class Config:
         if not self.judges:
             raise ConfigError(
                 "judges: expected at least one, such as oracle/fidelity or my_rewards.py:brightness"
+            )
+        if both := sorted(set(self.judges) & set(self.watch)):
+            raise ConfigError(
+                f"watch: expected judges that have no say, got {both}, which judges names too:"
+                " take them out of one of the two"
             )
 
     def _check_loss(self) -> None:
@@ -175,7 +187,7 @@ class Config:
                 loss=self.loss,
                 learner=self.learner,
             ),
-            judges=self.judges,
+            judges=(*self.judges, *self.watch),
             judge_retries=self.judge_retries,
             cluster=self.cluster,
         )
@@ -205,6 +217,8 @@ class Plan:
     required: Sequence[str]
     advantage_clip: float
     max_failed_share: float
+    scheme: Scheme
+    watch: Sequence[str]
 
     @staticmethod
     def of(
@@ -215,10 +229,16 @@ class Plan:
         Raises:
             ConfigError: judges of one name, or weights and required judges that name none.
         """
-        names = config.judges if cards is None else [card.name for card in cards]
-        weights = config.judge_weights(names)
+        names = [*config.judges, *config.watch] if cards is None else [c.name for c in cards]
+        judges, watch = names[: len(config.judges)], names[len(config.judges) :]
+        if cards is not None and len(set(names)) != len(config.judges) + len(config.watch):
+            raise ConfigError(
+                f"judges and watch: expected each once, got {[*config.judges, *config.watch]} with"
+                f" the names {names}"
+            )
+        weights = config.judge_weights(judges)
         if cards is not None:
-            check_judges(config, weights, names, {p.category for p in prompts})
+            check_judges(config, weights, judges, {p.category for p in prompts})
         return Plan(
             config=config,
             prompts=prompts,
@@ -227,6 +247,8 @@ class Plan:
             required=config.required,
             advantage_clip=config.advantage_clip,
             max_failed_share=config.max_failed_share,
+            scheme=config.scheme,
+            watch=watch,
         )
 
     def request(self, iteration: int) -> Request:
@@ -252,10 +274,6 @@ def check_judges(
     categories: set[str],
 ) -> None:
     """Raise ConfigError where weights, required judges and prompts do not fit the judges."""
-    if len(set(names)) != len(config.judges):
-        raise ConfigError(
-            f"judges: expected each once, got {list(config.judges)} with the names {list(names)}"
-        )
     named = {*config.required, *(name for row in weights.values() for name in row)}
     if unknown := sorted(named - set(names)):
         raise ConfigError(

@@ -44,6 +44,22 @@ def test_a_whole_run(tiny_base, tmp_path, capsys):
     assert code == 2 and "exists" in text and "--resume" in text
 
 
+def test_a_watching_judge_scores_everything_and_changes_nothing(tiny_base, tmp_path, capsys):
+    rows = []
+    for name, more in (("alone", ()), ("watched", (f"watch=[{judge_spec('named')}]",))):
+        argv = arguments(tiny_base, tmp_path, *more, f"name={name}", "iterations=2")
+        assert main([*argv, "--json"]) == 0
+        metrics = json.loads(capsys.readouterr().out)["metrics"]
+        assert ("heldout/general/named" in metrics) == bool(more)
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+    for alone, watched in zip(*rows, strict=True):
+        assert watched["watch/named/mean"] == watched[f"reward/{judge_spec('brightness')}/mean"]
+        assert watched["reward_calls"] == 2 * alone["reward_calls"]
+        same = [n for n in alone if not n.startswith("seconds/") and n != "reward_calls"]
+        assert {n: alone[n] for n in same} == {n: watched[n] for n in same}
+
+
 def test_a_mixed_set_trains_in_its_shares_and_is_measured_by_category(tiny_base, tmp_path, capsys):
     for name in ("simple", "hard"):
         lines = [{"prompt": f"a {name} circle number {i}", "category": name} for i in range(3)]
@@ -113,6 +129,15 @@ BAD = {
         (f"judges=[{judge_spec('brightness')},{judge_spec('brightness')}]",),
         "expected each once",
     ),
+    "judge that watches too": (
+        (f"watch=[{judge_spec('brightness')}]",),
+        "watch: expected judges that have no say",
+    ),
+    "watching judge that weighs": (
+        ("watch=[oracle/fidelity]", "weights={'*': {oracle/fidelity: 1.0}}"),
+        "expected judges among",
+    ),
+    "unknown scheme": (("scheme=sum",), "scheme"),
     "weights of nobody": (("weights={'*': {other: 1.0}}",), "expected judges among"),
     "required nobody": (("required=[other]",), "expected judges among"),
     "weights that miss a category": (

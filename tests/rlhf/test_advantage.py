@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -186,3 +188,126 @@ def test_weights_that_mean_nothing_are_refused(weights, required, words):
 def test_one_category_per_group():
     with pytest.raises(ValueError, match="one category per group"):
         run(scores(a=[[1, 2, 6]]), categories=("x", "y"))
+
+
+# --- schemes --------------------------------------------------------------------------------------
+
+SCHEMES = ("mo-grpo", "gdpo", "weighted")
+TWO = {"*": {"a": 0.3, "b": 0.7}, "sign": {"a": 0.8, "b": 0.2}}
+A = [[0.1, 0.5, 0.2, 0.9], [0.3, 0.8, 0.4, 0.1], [0.6, 0.2, 0.9, 0.5]]
+B = [[4.0, 3.0, 8.0, 1.0], [2.0, 6.0, 1.0, 5.0], [3.0, 3.5, 7.0, 2.0]]
+CATEGORIES = ("objects", "sign", "objects")
+
+
+def by_hand(scheme, a, b, categories, floor=0.0):
+    """The formulas of the module, sample by sample; lists of equally long groups without holes."""
+    rows = []
+    for r_a, r_b, category in zip(a, b, categories, strict=True):
+        w = TWO.get(category, TWO["*"])
+        n = len(r_a)
+        if scheme == "weighted":
+            r = [w["a"] * x + w["b"] * y for x, y in zip(r_a, r_b, strict=True)]
+            m = sum(r) / n
+            var = sum((x - m) ** 2 for x in r) / n + (w["a"] ** 2 + w["b"] ** 2) * floor**2
+            rows.append([(x - m) / math.sqrt(var) for x in r])
+            continue
+        row = [0.0] * n
+        for weight, r in ((w["a"], r_a), (w["b"], r_b)):
+            m = sum(r) / n
+            std = math.sqrt(sum((x - m) ** 2 for x in r) / n + floor**2)
+            row = [s + weight * (x - m) / std for s, x in zip(row, r, strict=True)]
+        rows.append(row)
+    if scheme == "gdpo":
+        flat = [x for row in rows for x in row]
+        m = sum(flat) / len(flat)
+        std = math.sqrt(sum((x - m) ** 2 for x in flat) / len(flat))
+        rows = [[(x - m) / (std + 1e-4) for x in row] for row in rows]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.4])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_its_formula(scheme, floor):
+    got, _ = run(scores(floor, a=A, b=B), TWO, CATEGORIES, scheme=scheme)
+    assert_close(got.value_PG, by_hand(scheme, A, B, CATEGORIES, floor))
+    assert got.live_PG.all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_in_every_scheme_the_others_are_as_if_the_failed_one_had_not_been(scheme):
+    """T3, T14: both judges failed on it, or one that a sum cannot do without."""
+    broken_a, broken_b = [r[:3] + ["failed"] for r in A], [r[:3] + ["failed"] for r in B]
+    short = by_hand(scheme, [r[:3] for r in A], [r[:3] for r in B], CATEGORIES)
+    for a, required in ((broken_a, ()), (A, ("b",))):
+        got, _ = run(scores(a=a, b=broken_b), TWO, CATEGORIES, required=required, scheme=scheme)
+        assert_close(got.value_PG[:, :3], short)
+        assert torch.count_nonzero(got.value_PG[:, 3]) == 0
+        assert got.live_PG.tolist() == [[True, True, True, False]] * 3
+    half, _ = run(scores(a=A, b=broken_b), TWO, CATEGORIES, scheme=scheme)
+    assert half.live_PG[:, 3].any() == (scheme != "weighted")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_in_every_scheme_na_judges_hand_their_weight_on_and_flat_groups_are_dead(scheme):
+    na, flat = [["na"] * 4, *A[1:]], [[2.0] * 4, *B[1:]]
+    got, report = run(scores(a=na, b=flat), TWO, CATEGORIES, scheme=scheme)
+    rest = by_hand(scheme, A[1:], B[1:], CATEGORIES[1:])
+    assert_close(got.value_PG[1:], rest)  # the batch's moments are those of what is live
+    assert torch.count_nonzero(got.value_PG[0]) == 0 and not got.live_PG[0].any()
+    assert report.by_category["objects"].flat_high == 1
+    alone, _ = run(scores(a=na, b=B), TWO, CATEGORIES, scheme=scheme)
+    mine, _ = run(scores(b=[B[0]]), {"*": {"b": 1.0}}, scheme="mo-grpo")
+    if scheme != "gdpo":
+        assert_close(alone.value_PG[0], mine.value_PG[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_live_is_exactly_zero(scheme):
+    got, _ = run(scores(a=[[1] * 3, ["failed"] * 3]), categories=("x", "y"), scheme=scheme)
+    assert torch.count_nonzero(got.value_PG) == 0 and not got.live_PG.any()
+
+
+def test_only_the_plain_sum_depends_on_the_scale_of_a_judge():
+    stretched = [[10 * x - 3 for x in row] for row in A]
+    for scheme in SCHEMES:
+        before, _ = run(scores(a=A, b=B), TWO, CATEGORIES, scheme=scheme)
+        after, _ = run(scores(a=stretched, b=B), TWO, CATEGORIES, scheme=scheme)
+        same = torch.allclose(before.value_PG, after.value_PG, atol=1e-5)
+        assert same == (scheme != "weighted")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_judge_whose_low_scores_are_good_is_turned_round(scheme):
+    given = scores(a=A, b=[[-x for x in row] for row in B])
+    turned = replace(given, judges=(given.judges[0], replace(given.judges[1], better="lower")))
+    got, report = run(turned, TWO, CATEGORIES, scheme=scheme)
+    want, plain = run(scores(a=A, b=B), TWO, CATEGORIES, scheme=scheme)
+    assert torch.equal(got.value_PG, want.value_PG)
+    assert report.metrics["reward/total"] == plain.metrics["reward/total"]
+    assert report.metrics["reward/b/mean"] == -plain.metrics["reward/b/mean"]
+    low = replace(scores(a=[[0.1, 0.1]]), judges=(replace(card("a"), better="lower"),))
+    assert run(low)[1].by_category["objects"].flat_high == 1
+
+
+def test_the_share_of_a_judge_is_its_correlation_with_the_whole():
+    _, report = run(scores(a=A, b=B), TWO, CATEGORIES)
+    whole = by_hand("mo-grpo", A, B, CATEGORIES).flatten().numpy()
+    parts = []
+    for r, category in zip(A, CATEGORIES, strict=True):
+        parts += list(TWO.get(category, TWO["*"])["a"] * (np.array(r) - np.mean(r)) / np.std(r))
+    want = abs(np.corrcoef(parts, whole)[0, 1])
+    assert report.metrics["advantage/share/a"] == pytest.approx(want, rel=1e-5)
+    _, only = run(scores(a=A, b=[["na"] * 4] * 3), TWO, CATEGORIES)
+    assert only.metrics["advantage/share/a"] == pytest.approx(1.0)
+    assert "advantage/share/b" not in only.metrics
+
+
+def test_watching_judges_have_no_say_and_figures_of_their_own():
+    got, report = run(scores(a=A, b=B), ONE, CATEGORIES, watch=("b",))
+    alone, _ = run(scores(a=A), ONE, CATEGORIES)
+    assert torch.equal(got.value_PG, alone.value_PG)
+    assert report.metrics["watch/b/mean"] == pytest.approx(np.mean(B))
+    assert not any(name.startswith("reward/b") for name in report.metrics)
+    for weights, required in ((TWO, ()), (ONE, ("b",))):
+        with pytest.raises(ConfigError, match="'b'"):
+            run(scores(a=A, b=B), weights, CATEGORIES, required=required, watch=("b",))

@@ -30,6 +30,8 @@ class Plan:
     advantage_clip: float = 5.0
     max_failed_share: float = 0.2
     groups: int = 2
+    scheme: str = "mo-grpo"
+    watch: tuple[str, ...] = ()
 
     @property
     def weights(self):
