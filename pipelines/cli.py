@@ -15,7 +15,8 @@ and, where it has a use for them,
 
 A program with verbs (`bench step`) has, for each, `StepConfig`, `step`, `plan_step`,
 `summarise_step`, and its configurations are `configs/bench/step.yaml` and
-`configs/bench/step_<name>.yaml`. Without verbs they are `configs/<program>/<name>.yaml`.
+`configs/bench/step_<name>.yaml`. Without verbs they are `configs/<program>/<name>.yaml`, and so are
+those of the verb that is declared `general`.
 
 Declaring a program takes its name, one line of help and examples. `positional` names the field that
 a bare argument sets (`rlhf report runs/a` is `rlhf report run=runs/a`). Modules are imported when
@@ -60,6 +61,7 @@ class Program:
     positional: str | None = None
     resumable: bool = False
     module: str | None = None  # in this folder; by default the first word of the name
+    general: bool = False  # of verbs: whose are configurations that name no verb
 
     @property
     def folder(self) -> str:
@@ -127,6 +129,7 @@ PROGRAMS = (
             "rlhf reward train --resume runs/judges",
         ),
         resumable=True,
+        general=True,
     ),
     Program(
         "reward evaluate",
@@ -214,7 +217,7 @@ def config_program(name: str) -> Program | None:
         for program in PROGRAMS:
             if program.folder == folder and program.verb == verb:
                 return program
-    return None
+    return next((p for p in PROGRAMS if p.folder == folder and p.general), None)
 
 
 def choose(argv: Sequence[str]) -> tuple[Program, list[str]]:

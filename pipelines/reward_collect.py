@@ -80,8 +80,6 @@ class CollectConfig:
                 f"expected groups of train, dev and test and per_prompt >= 2, got {unknown} and"
                 f" {self.per_prompt}"
             )
-        if Path(self.out).exists() and any(Path(self.out).iterdir()):
-            raise ConfigError(f"out: '{self.out}' is not empty: name another folder, or remove it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +250,8 @@ def _columns(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Write the data set; returns how many judgements of each axis a split holds."""
     began, counts = time.monotonic(), {}
+    if Path(config.out).is_dir() and any(Path(config.out).glob("*.parquet")):
+        raise ConfigError(f"out: '{config.out}' holds judgements: name another folder")
     for split in SPLITS:
         tally: dict[str, int] = {}
 

@@ -82,7 +82,7 @@ def crop_to(
     return from_pil(covered)
 
 
-def letterbox(chw: Picture, side: int) -> Picture:
+def letterbox(chw: Picture, side: int) -> UInt8[np.ndarray, "3 _ _"]:
     """A picture as a square of `side` pixels: its longest side scaled to fit, the rest black on
     both ends. One of that size is returned as it is; whole multiples are averaged over area.
     """

@@ -1,0 +1,212 @@
+"""Judges on towers: one score in any company, folders, limits, and the consistency of edits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rewards.backbones.towers import open_towers, save_towers
+from rewards.consistency import closeness, gate, outside_rms
+from rewards.errors import RewardConfigError
+from rewards.judge import load_judge, run_judge
+from rewards.scenes import world
+from rewards.scenes.render import render
+from rewards.trained import KINDS, open_judge, save_judge
+from rewards.training.fitting import fit_calibration, monotone
+from rewards.training.heads import FaceHead, HeadConfig, RegionHead, Tokens, expectation, make_head
+from tests.rewards.towers_tiny import sample_of, tiny_judge, tiny_towers
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return tiny_towers(tmp_path_factory.mktemp("towers") / "towers")
+
+
+EDITS = [sample_of("edits", i) for i in range(6)]
+MADE = [sample_of(c, i) for i in range(3) for c in ("objects", "portraits", "text")]
+
+
+@pytest.mark.parametrize("axis", KINDS)
+def test_a_score_depends_on_the_sample_alone(towers, axis):
+    judge = tiny_judge(towers, axis)
+    samples = EDITS if judge.card.needs else MADE
+    together = [s.value for s in judge.score(samples)]
+    towers.forget()
+    alone = [judge.score([s])[0].value for s in samples]
+    towers.forget()
+    turned = [s.value for s in judge.score(samples[::-1])][::-1]
+    assert np.ptp(together) > 1e-6 or axis == "consistency"
+    assert np.allclose(together, alone, atol=1e-5) and np.allclose(together, turned, atol=1e-5)
+
+
+def test_judges_that_share_towers_pay_for_a_picture_once(towers, monkeypatch):
+    seen = []
+    original = towers._image_tokens
+    monkeypatch.setattr(towers, "_image_tokens", lambda p: seen.append(len(p)) or original(p))
+    towers.forget()
+    for axis in ("aesthetics", "fidelity", "portrait"):
+        tiny_judge(towers, axis).score(MADE)
+    assert sum(seen) == len(MADE)
+
+
+def test_a_folder_gives_the_same_judge_back(towers, tmp_path):
+    save_towers(towers, tmp_path / "towers")
+    judge = tiny_judge(towers, "consistency", floor=4.0)
+    judge.card = replace(
+        judge.card, calibration=fit_calibration(np.linspace(0, 1, 80), np.linspace(0, 1, 80))
+    )
+    save_judge(tmp_path / "consistency", judge, "../towers")
+    again = load_judge(str(tmp_path / "consistency"))
+    assert again.card == judge.card
+    assert [s.value for s in again.score(EDITS)] == pytest.approx(
+        [s.value for s in judge.score(EDITS)], abs=1e-6
+    )
+
+
+def test_what_is_no_judge_is_refused_with_a_hint(towers, tmp_path):
+    with pytest.raises(RewardConfigError, match="rlhf reward train"):
+        open_judge(tmp_path)
+    with pytest.raises(RewardConfigError, match="folder with open_clip_config"):
+        open_towers(str(tmp_path))
+    save_towers(towers, tmp_path / "towers")
+    save_judge(tmp_path / "fidelity", tiny_judge(towers, "fidelity"), "../towers")
+    about = json.loads((tmp_path / "fidelity" / "card.json").read_text())
+    about["heads"]["fidelity"]["width"] = 64
+    (tmp_path / "fidelity" / "card.json").write_text(json.dumps(about))
+    with pytest.raises(RewardConfigError, match="expected the weights"):
+        open_judge(tmp_path / "fidelity")
+    with pytest.raises(RewardConfigError, match="scenes/"):
+        load_judge("scenes/nothing")
+
+
+def test_what_is_cut_or_scaled_down_is_flagged(towers):
+    judge = tiny_judge(towers, "fidelity")
+    long = replace(MADE[0], prompt=MADE[0].prompt + " and a red ring" * 20)
+    large = sample_of("objects", 0, 128)
+    flags = [s.flags for s in judge.score([MADE[0], long, large])]
+    assert flags == [(), ("truncated",), ("downscaled",)]
+    assert tiny_judge(towers, "aesthetics").score([long])[0].flags == ()
+
+
+def test_whether_a_portrait_is_judged_is_up_to_the_prompt(towers):
+    judge = tiny_judge(towers, "portrait")
+    face = sample_of("portraits", 1)
+    hidden = replace(face, image=np.full_like(face.image, 128))
+    scores = run_judge(judge, [face, hidden, MADE[0]])
+    assert [s.state for s in scores] == ["ok", "ok", "na"]
+
+
+def test_an_untrained_twin_has_other_weights_and_says_so(towers):
+    judge = tiny_judge(towers, "fidelity")
+    twin = judge.fresh(1)
+    assert twin.card.name == "untrained/fidelity"
+    first, second = ([s.value for s in j.score(MADE)] for j in (judge, twin))
+    assert not np.allclose(first, second, atol=1e-4)
+    assert [s.value for s in judge.score(MADE)] == first  # and leaves this one as it was
+
+
+# --- consistency ----------------------------------------------------------------------------------
+
+
+def test_the_gate_and_the_distance_by_hand():
+    assert [gate(v) for v in (0.0, 0.3, 0.5, 0.7, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert closeness(0.0) == 1 and closeness(25.0) == pytest.approx(0.5)
+    source = np.full((3, 64, 64), 100, np.uint8)
+    output = source.copy()
+    output[:, :16, :16] += 40  # one of 16 patches
+    touched = np.zeros(16)
+    assert outside_rms(source, output, touched) == pytest.approx(40 / 4)
+    touched[0] = 1
+    assert outside_rms(source, output, touched) == 0
+    touched[0] = 0.5
+    assert outside_rms(source, output, touched) == pytest.approx((0.5 * 1600 / 15.5) ** 0.5)
+    assert outside_rms(source, output, np.ones(16)) == 0
+
+
+class _Said:
+    """Consistency with heads that say what the test wants."""
+
+    @staticmethod
+    def answer(towers, sample, done, touched, identity=1.0, face=False):
+        judge = tiny_judge(towers, "consistency", floor=4.0)
+        sure = torch.tensor([0.0, 0, 0, 0, 0])
+        level = lambda v: torch.log(torch.tensor([1 - v, 0, 0, 0, v]) + 1e-9)  # noqa: E731
+        said = {
+            "instruction": level(done),
+            "region": (torch.tensor(touched) - 0.5) * 100,
+            "identity": level(identity),
+            "face": torch.tensor([0.0, 9.0 if face else -9.0]),
+        }
+        assert len(sure) == 5
+        return judge.answer(said, sample)[0]
+
+
+def test_doing_nothing_keeps_nothing_and_another_source_is_no_match(towers):
+    sample, free = EDITS[0], [0.0] * 16
+    nothing = replace(sample, image=sample.sources[0])
+    assert _Said.answer(towers, nothing, done=0.1, touched=free) == 0
+    assert _Said.answer(towers, nothing, done=1.0, touched=free) == pytest.approx(1.0)
+    other = replace(sample, image=render(world.draw("text", 3)))
+    assert _Said.answer(towers, other, done=1.0, touched=free) < 0.3
+
+
+def test_the_codecs_own_loss_costs_nothing_and_a_lost_face_half(towers):
+    sample = replace(EDITS[0], image=EDITS[0].sources[0])
+    noise = np.random.default_rng(0).integers(-4, 5, sample.image.shape)
+    worn = replace(sample, image=np.clip(sample.image + noise, 0, 255).astype(np.uint8))
+    free = [0.0] * 16
+    assert _Said.answer(towers, worn, 1.0, free) == 1.0
+    whole = _Said.answer(towers, sample, 1.0, free, identity=0.999, face=True)
+    lost = _Said.answer(towers, sample, 1.0, free, identity=0.001, face=True)
+    assert whole > 0.99 and lost == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_region_is_read_without_the_output():
+    torch.manual_seed(0)
+    head = make_head(HeadConfig(kind="region", source=True), 32, 32)
+    assert isinstance(head, RegionHead)
+    one = Tokens(
+        image=torch.randn(2, 16, 32),
+        source=torch.randn(2, 16, 32),
+        text=torch.randn(2, 5, 32),
+        words=torch.ones(2, 5, dtype=torch.bool),
+    )
+    assert torch.equal(head(one), head(replace(one, image=torch.randn(2, 16, 32))))
+
+
+def test_a_face_is_most_like_itself():
+    torch.manual_seed(0)
+    head = make_head(HeadConfig(kind="face", text=False, source=True), 32, 32)
+    assert isinstance(head, FaceHead)
+    one, other = torch.randn(3, 16, 32), torch.randn(3, 16, 32)
+    same = expectation(head(Tokens(image=one, source=one)))
+    differs = expectation(head(Tokens(image=other, source=one)))
+    assert bool((same > differs).all())
+    assert torch.allclose(
+        head(Tokens(image=one, source=one)).exp().sum(-1), torch.ones(3), atol=1e-4
+    )
+
+
+# --- fitting --------------------------------------------------------------------------------------
+
+
+def test_monotone_regression_against_hand():
+    found = monotone(np.array([1.0, 3.0, 2.0, 4.0]), np.ones(4))
+    assert found.tolist() == [1.0, 2.5, 2.5, 4.0]
+    weighted = monotone(np.array([3.0, 0.0]), np.array([1.0, 2.0]))
+    assert weighted.tolist() == [1.0, 1.0]
+
+
+def test_calibration_maps_raw_values_to_mean_ratings_and_never_ties():
+    rng = np.random.default_rng(0)
+    raw = rng.uniform(0.3, 0.7, 4000)
+    rating = np.clip((raw - 0.3) / 0.4 + rng.normal(0, 0.1, 4000), 0, 1)
+    fitted = fit_calibration(raw, rating)
+    for value in (0.35, 0.5, 0.65):
+        assert fitted(value) == pytest.approx((value - 0.3) / 0.4, abs=0.04)
+    grid = [fitted(v) for v in np.linspace(0.0, 1.0, 50)]
+    assert all(a < b for a, b in zip(grid, grid[1:], strict=False))
+    assert fit_calibration(raw[:5], rating[:5]).raw == ()
+    assert fit_calibration(np.full(99, 0.5), rating[:99]).raw == ()
