@@ -20,10 +20,11 @@ from rewards import images
 from rlhf import checkpoint, page
 from rlhf.cluster import make_cluster
 from rlhf.cluster.base import Cluster
-from rlhf.errors import Interrupted
+from rlhf.errors import Interrupted, RewardHacked
 from rlhf.evaluation import Evaluation, Measured, evaluate, gains
 from rlhf.loop import align
 from rlhf.metrics import MetricsLog
+from rlhf.monitor import Monitor
 from rlhf.plan import Config, Plan
 from rlhf.prompts import batch_of, load_prompts
 from rlhf.run import Run
@@ -37,6 +38,9 @@ class Recorder:
         self, run: Run, config: Config, cluster: Cluster, held_out: Sequence[Prompt]
     ) -> None:
         self.run, self.config, self.cluster, self.held_out = run, config, cluster, held_out
+        cards = cluster.cards()
+        watch = [card.name for card in cards[len(config.judges) :]]
+        self.monitor = Monitor(config.monitor, cards, watch, run.rows())
         self.log = MetricsLog(run.root)
         self.console = Console(stderr=True)
         self.latest: Evaluation | None = None
@@ -69,14 +73,24 @@ class Recorder:
         if last or (c.evaluation.every and iteration % c.evaluation.every == 0):
             row |= self.measure("train", f"step_{iteration:06d}").row()
             version = self.cluster.publish("behaviour")
-        self.log.log({"step": iteration, **row})
+        figures, alarms = self.monitor.observe(row)
+        self.log.log({"step": iteration, **row, **figures})
         self.console.print(progress_line(iteration, c.iterations, row), highlight=False)
-        if last or self.stopping or iteration % c.checkpoints.every == 0:
+        for alarm in self.monitor.new(alarms) if c.monitor.warn else ():
+            self.console.print(f"      warning: {alarm.text}", style="yellow", highlight=False)
+        hacked = bool(alarms) and c.monitor.stop
+        if last or self.stopping or hacked or iteration % c.checkpoints.every == 0:
             strict = [v for k, v in row.items() if k.endswith("/strict")]
             metric = float(np.mean(strict)) if strict else row.get("reward/total")
             keep = c.checkpoints
             self.cluster.save(
                 self.run.checkpoints, iteration, keep.keep_last, keep.keep_best, metric
+            )
+        if hacked and not last:
+            raise RewardHacked(
+                f"stopped after iteration {iteration}: {alarms[0].text}: look at the pictures,"
+                f" then continue with --resume {self.run.root} monitor.stop=false, or change the"
+                " judges"
             )
         if self.stopping and not last:
             raise Interrupted(

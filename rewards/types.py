@@ -145,12 +145,15 @@ class JudgeCard:
 class Scores:
     """What all judges said of P groups of G samples: judge name -> groups -> samples, rectangular.
 
+    `figures` are statistics of the pictures, one value per group; NaN where there is none.
+
     Raises:
         JudgeError: a judge without a table, a table without a judge, or tables of unequal shape.
     """
 
     judges: tuple[JudgeCard, ...]
     table: Mapping[str, tuple[tuple[Score, ...], ...]]
+    figures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [card.name for card in self.judges]

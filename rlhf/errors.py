@@ -11,6 +11,7 @@ RewardError (rewards.errors)
         + ReplayMismatch (RuntimeError)   training does not reproduce the rollout's log-probs
         + ClusterError (RuntimeError)     a worker died or did not answer in time
         + TooManyFailures (RuntimeError)  judges failed for more samples than the run allows
+        + RewardHacked (RuntimeError)     an alarm of the monitor stopped the run
         + Interrupted (RuntimeError)      a signal stopped the run; it can be resumed
 
 A message says what was expected, what was got and what to do. None has arguments of its own but the
@@ -58,6 +59,10 @@ class ClusterError(AlignError, RuntimeError):
 
 class TooManyFailures(AlignError, RuntimeError):
     """The share of failed judge calls passed the limit of the run."""
+
+
+class RewardHacked(AlignError, RuntimeError):
+    """The monitor saw the reward being hacked and stopped the run after a checkpoint."""
 
 
 class Interrupted(AlignError, RuntimeError):

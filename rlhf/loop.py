@@ -17,6 +17,7 @@ from rewards.types import Scores
 from rlhf.advantage import Scheme, group_advantages
 from rlhf.cluster.base import Cluster
 from rlhf.errors import TooManyFailures
+from rlhf.monitor import figures
 from rlhf.rollout import Request
 from rlhf.types import GroupRef, Version
 
@@ -101,7 +102,8 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
             report = cluster.update(refs, advantages)
         with clock("sync"):
             version = cluster.publish("behaviour")
-        row |= {**judged.metrics, **report.metrics, "seconds/total": time.monotonic() - began}
+        row |= {**judged.metrics, **figures(scores), **report.metrics}
+        row["seconds/total"] = time.monotonic() - began
         version = observer.observe(iteration, refs, row, version)
         cluster.release(refs)
 

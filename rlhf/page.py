@@ -61,6 +61,7 @@ def _save_plots(target: Run, rows: Sequence[Row], result: Mapping[str, Any]) -> 
         "gains": plots.gains(metrics),
         "rewards": plots.rewards(rows),
         "heldout": plots.heldout([start, *rows] if rows else []),
+        "monitor": plots.monitor(rows),
         "training": plots.training(rows),
     }
     saved = {}
@@ -95,6 +96,7 @@ def build(
         _samples(target),
         _plot("Reward", "rewards", saved, "On the training prompts of each iteration."),
         _plot("Held-out prompts", "heldout", saved, "Fixed prompts and seeds."),
+        _plot("Watching", "monitor", saved, _alarms(rows)),
         _plot("Training", "training", saved, "Over iterations."),
         metric_table("Results", metrics),
         *_evaluations(target),
@@ -108,6 +110,15 @@ def _plot(heading: str, name: str, saved: Mapping[str, Path], caption: str) -> s
     if name not in saved:
         return ""
     return f"<h2>{heading}</h2><p>{caption}</p>{picture(saved[name], heading)}"
+
+
+def _alarms(rows: Sequence[Row]) -> str:
+    steps = [row["step"] for row in rows if row.get("monitor/alarm")]
+    if not steps:
+        return "Judges without a say, and statistics of the training pictures. No alarm."
+    return (
+        f"Red: the {len(steps)} iterations with an alarm, the first {steps[0]}. See rlhf.monitor."
+    )
 
 
 def _summary(program: str, rows: Sequence[Row], result: Mapping[str, Any], about: Any) -> str:

@@ -17,6 +17,7 @@ from rlhf.cluster.base import ClusterConfig, Recipe
 from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
+from rlhf.monitor import MonitorConfig
 from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
 from rlhf.prompts import PromptSet, batch_of
 from rlhf.rollout import Request, seeds_of
@@ -78,6 +79,7 @@ class Config:
     judge_retries: int = 1
     advantage_clip: float = 5.0
     max_failed_share: float = 0.2
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -189,6 +191,7 @@ class Config:
             ),
             judges=(*self.judges, *self.watch),
             judge_retries=self.judge_retries,
+            statistics=self.monitor.pictures,
             cluster=self.cluster,
         )
 

@@ -185,6 +185,31 @@ def heldout(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def monitor(rows: Sequence[Row]) -> Figure | None:
+    """What the watching judges say, each judge's share of the advantage, and the monitor's figures;
+    iterations with an alarm are marked.
+    """
+    watch = {f"{m.group(1)} (watches)": [m.group(0)] for m in names(rows, r"watch/(.+)/mean")}
+    shares = [m.group(0) for m in names(rows, r"advantage/share/.+")]
+    panels = watch | ({"share of the advantage": shares} if len(shares) > 1 else {})
+    for match in names(rows, r"monitor/([^/]+)(/.+)?"):
+        if match.group(1) != "alarm":
+            panels.setdefault(match.group(1), []).append(match.group(0))
+    if not panels:
+        return None
+    figure, axes = grid(len(panels), 3, 2.2)
+    steps, alarms = series(rows, "monitor/alarm")
+    for ax, (text, present) in zip(axes, panels.items(), strict=True):
+        for position, name in enumerate(present):
+            label = name.split("/", 2)[-1]
+            line(ax, series(rows, name), COLOURS[position % len(COLOURS)], label)
+        for step in steps[alarms > 0]:
+            ax.axvline(step, color=COLOURS[-1], lw=0.8, alpha=0.35)
+        title(ax, text)
+        legend(ax)
+    return figure
+
+
 PANELS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "gradient norm": ("grad_norm",),

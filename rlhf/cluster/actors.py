@@ -55,9 +55,9 @@ class RewardActor(_Actor):
     """`RewardWorker` of `rlhf.cluster.base`."""
 
     def make(self, recipe: Any) -> Any:
-        from rlhf.cluster.base import RewardWorker
+        from rlhf.cluster.base import make_reward_worker
 
-        return RewardWorker(recipe.judges, recipe.judge_retries)
+        return make_reward_worker(recipe)
 
     def cards(self) -> Any:
         return self.worker.cards()

@@ -21,12 +21,13 @@ import torch
 
 from rewards import images
 from rewards.judge import Judge, load_judge, run_judge
+from rewards.statistics import diversity, picture_statistics
 from rewards.types import JudgeCard, Sample, Score, Scores
 from rlhf.alignment import AlignmentConfig, AlignmentLearner
 from rlhf.errors import ConfigError
 from rlhf.policies.qwen_image21 import PolicyConfig, load_policy
 from rlhf.rollout import Request, RolloutWorker
-from rlhf.types import Advantages, GroupRef, Rollouts, StepReport, Version
+from rlhf.types import Advantages, GroupRef, Prompt, Rollouts, StepReport, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,7 @@ class Recipe:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     judges: tuple[str, ...] = ("oracle/fidelity",)
     judge_retries: int = 1
+    statistics: bool = False  # of the pictures, beside their scores
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -129,39 +131,67 @@ def make_learner(recipe: Recipe) -> AlignmentLearner:
     return AlignmentLearner(load_policy(recipe.policy), recipe.alignment)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """Scores of one group by judge, and the statistics of its pictures, if asked for."""
+
+    scores: Mapping[str, tuple[Score, ...]]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def samples_of(prompt: Prompt, pixels: np.ndarray) -> list[Sample]:
+    """Pictures (G, 3, H, W) of a prompt as a judge sees them."""
+    sources = tuple(images.load_image(p) for p in prompt.sources)
+    return [
+        Sample(
+            image=picture,
+            prompt=prompt.text,
+            category=prompt.category,
+            sources=sources,
+            target=prompt.target,
+            columns=dict(prompt.columns),
+        )
+        for picture in pixels
+    ]
+
+
 class RewardWorker:
     """Loads the judges once and scores groups; never raises for what a judge does."""
 
-    def __init__(self, names: Sequence[str], retries: int = 1) -> None:
+    def __init__(self, names: Sequence[str], retries: int = 1, statistics: bool = False) -> None:
         self.judges: dict[str, Judge] = {}
         for name in names:
             judge = load_judge(name)
             self.judges[judge.card.name] = judge
-        self.retries = retries
+        self.retries, self.statistics = retries, statistics
 
     def cards(self) -> tuple[JudgeCard, ...]:
         return tuple(judge.card for judge in self.judges.values())
 
-    def score(self, rollouts: Rollouts) -> dict[str, tuple[Score, ...]]:
-        """Scores of one group by judge."""
-        prompt = rollouts.ref.prompt
-        sources = tuple(images.load_image(p) for p in prompt.sources)
-        samples = [
-            Sample(
-                image=picture,
-                prompt=prompt.text,
-                category=prompt.category,
-                sources=sources,
-                target=prompt.target,
-                columns=dict(prompt.columns),
-            )
-            for picture in rollouts.pixels.numpy()
-        ]
-        return {n: tuple(run_judge(j, samples, self.retries)) for n, j in self.judges.items()}
+    def score(self, rollouts: Rollouts) -> Judged:
+        """Scores and statistics of one group."""
+        pixels = rollouts.pixels.numpy()
+        samples = samples_of(rollouts.ref.prompt, pixels)
+        scores = {n: tuple(run_judge(j, samples, self.retries)) for n, j in self.judges.items()}
+        return Judged(scores=scores, figures=_statistics(pixels) if self.statistics else {})
 
 
-def assemble_scores(
-    cards: tuple[JudgeCard, ...], groups: Sequence[Mapping[str, tuple[Score, ...]]]
-) -> Scores:
+def _statistics(pixels: np.ndarray) -> dict[str, float]:
+    """Means over the pictures of a group, and how far apart these are."""
+    means = {name: float(v.mean()) for name, v in picture_statistics(pixels).items()}
+    return means | {f"diversity/{name}": v for name, v in diversity(pixels).items()}
+
+
+def make_reward_worker(recipe: Recipe) -> RewardWorker:
+    """A reward worker with its own copy of the judges."""
+    return RewardWorker(recipe.judges, recipe.judge_retries, recipe.statistics)
+
+
+def assemble_scores(cards: tuple[JudgeCard, ...], groups: Sequence[Judged]) -> Scores:
     """The scores of groups, in their order, as one table."""
-    return Scores(judges=cards, table={c.name: tuple(g[c.name] for g in groups) for c in cards})
+    names = groups[0].figures if groups else ()
+    return Scores(
+        judges=cards,
+        table={c.name: tuple(g.scores[c.name] for g in groups) for c in cards},
+        figures={name: tuple(g.figures[name] for g in groups) for name in names},
+    )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards.types import JudgeCard, Score, Scores
+from rewards.types import JudgeCard, Scores
 from rlhf.cluster.base import (
     Recipe,
-    RewardWorker,
     assemble_scores,
     make_learner,
+    make_reward_worker,
     make_rollout_worker,
     threads,
 )
@@ -25,7 +25,7 @@ class LocalCluster:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.rewards = RewardWorker(recipe.judges, recipe.judge_retries)
+        self.rewards = make_reward_worker(recipe)
         self.worker = make_rollout_worker(recipe)
         self.learner = make_learner(recipe)
         self._held: dict[str, Rollouts] = {}
@@ -48,9 +48,7 @@ class LocalCluster:
         return refs
 
     def score(self, refs: Sequence[GroupRef]) -> Scores:
-        groups: list[dict[str, tuple[Score, ...]]] = [
-            self.rewards.score(self._held[r.id]) for r in refs
-        ]
+        groups = [self.rewards.score(self._held[r.id]) for r in refs]
         return assemble_scores(self.rewards.cards(), groups)
 
     def update(self, refs: Sequence[GroupRef], advantages: Advantages) -> StepReport:

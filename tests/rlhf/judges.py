@@ -10,6 +10,11 @@ def brightness(images, prompts, sources):
     return [float(image[0].mean()) / 255.0 for image in images]
 
 
+def darkness(images, prompts, sources):
+    """What brightness is not."""
+    return [1.0 - value for value in brightness(images, prompts, sources)]
+
+
 def last_bit(image) -> int:
     return int(image.astype(np.int64).sum()) % 3
 
