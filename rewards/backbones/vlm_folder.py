@@ -96,9 +96,10 @@ def save(model: VlmRewardModel, folder: Path, *, base: str, card: JudgeCard, rea
 
 
 def _card(fields: dict[str, Any]) -> JudgeCard:
-    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-    knots = {key: tuple(value) for key, value in fields.get("calibration", {}).items()}
-    return JudgeCard(**fields | lists | {"calibration": Calibration(**knots)})
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    knots = {k: tuple(v) for k, v in fields.get("calibration", {}).items()}
+    known["calibration"] = Calibration(**knots)
+    return JudgeCard(**known)
 
 
 def _facts(folder: Path) -> tuple[str, VlmSettings, dict[str, int] | None, JudgeCard]:
