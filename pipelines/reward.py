@@ -8,6 +8,9 @@ reward evaluate` and `rlhf reward serve` take as it is.
 
 from __future__ import annotations
 
+import hashlib
+import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,23 +20,30 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.data import recall
-from rewards.backbones.towers import CONFIG, Shape, new_towers, open_towers, save_towers
+from rewards.backbones.towers import Shape
 from rewards.benchmark.calibration import fit_temperature
 from rewards.errors import DataError
-from rewards.trained import KINDS, SHIPPED, TowersJudge, TowersModel, kind_of, save_judge
+from rewards.judge import Judge
 from rewards.training.collate import collate
+from rewards.training.families import (
+    Family,
+    TowersFamily,
+    VlmConfig,
+    VlmFamily,
+    heads_of,
+    raw_of,
+)
 from rewards.training.fitting import fit_calibration
 from rewards.training.heads import HeadConfig
 from rewards.training.objective import Objective, RewardLoss
 from rewards.training.schema import Judgement
 from rewards.training.table import JudgementTable
-from rewards.types import JudgeCard
-from rlhf.assets import digest
 from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
+from rlhf.files import atomic_directory
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.run import Run
 from rlhf.training import Average, Pace, open_run
@@ -55,9 +65,11 @@ class TrainConfig:
     device: str = "cpu"
     data: str = "runs/judgements"
     judges: tuple[str, ...] = ("fidelity",)
+    family: Literal["towers", "vlm"] = "towers"
     towers: str = "scenes"
     trained: Literal["full", "heads"] = "heads"
     new: Shape = field(default_factory=Shape)
+    vlm: VlmConfig = field(default_factory=VlmConfig)
     floor: float = 4.2  # rms in grey levels of the autoencoder's round trip, for consistency
     heads: dict[str, HeadConfig] = field(default_factory=dict)  # in place of a judge's own
     loss: RewardLoss = field(default_factory=RewardLoss)
@@ -76,19 +88,16 @@ class TrainConfig:
             raise ConfigError(
                 f"batch and held: expected at least 1, got {self.batch} and {self.held}"
             )
+        if self.family == "vlm" and (len(self.judges) > 1 or self.recall.batch):
+            raise ConfigError(
+                "family vlm: expected one judge a run and recall.batch=0, got"
+                f" {list(self.judges)} and {self.recall.batch}"
+            )
         if not self.towers and self.trained != "full":
             raise ConfigError(
                 f"trained={self.trained}: fresh towers know nothing: write trained=full, or name"
                 " trained towers"
             )
-
-    def wanted(self) -> dict[str, HeadConfig]:
-        """All heads of the judges, each once."""
-        out: dict[str, HeadConfig] = {}
-        for judge in self.judges:
-            own = kind_of(judge).HEADS if judge in KINDS else {judge: HeadConfig()}
-            out |= {name: self.heads.get(name, config) for name, config in own.items()}
-        return out
 
 
 class Groups:
@@ -138,13 +147,40 @@ def no_leak(train: Groups, dev: Groups) -> None:
         )
 
 
+def open_family(config: TrainConfig, home: Run) -> Family:
+    """What is trained, with its weights where a run starts."""
+    if config.family == "vlm":
+        return VlmFamily(config.judges[0], config.vlm, config.device)
+    texts = (
+        () if config.towers else sorted(set(JudgementTable(config.data, "train").column("prompt")))
+    )
+    return TowersFamily(
+        config.judges,
+        config.towers,
+        home.root / "towers",
+        full=config.trained == "full",
+        heads=config.heads,
+        shape=config.new,
+        texts=texts,
+        floor=config.floor,
+        device=config.device,
+    )
+
+
+def axes_of(config: TrainConfig) -> list[str]:
+    """The axes whose rows train something."""
+    if config.family == "vlm":
+        return list(config.judges)
+    return list(heads_of(config.judges, config.heads))
+
+
 def train(config: TrainConfig, resume: Path | None = None) -> dict[str, Any]:
     """Train, calibrate and write the judges; the run's result. Ranks but the first return {}."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    heads = list(config.wanted())
-    groups = Groups(config.data, "train", heads)
-    dev = Groups(config.data, "dev", [*heads, *config.judges])
+    axes = axes_of(config)
+    groups = Groups(config.data, "train", axes)
+    dev = Groups(config.data, "dev", [*axes, *config.judges])
     no_leak(groups, dev)
     with session(config.device) as ranks:
         return _train(config, groups, dev, open_run(config, "reward train", resume, ranks), ranks)
@@ -154,17 +190,18 @@ def _train(
     config: TrainConfig, groups: Groups, dev: Groups, home: Run, ranks: Ranks
 ) -> dict[str, Any]:
     began = time.monotonic()
-    model = open_model(config, groups, home.root / "towers")
-    objective = Objective(list(model.heads), config.loss)
-    learned = learned_of(model) | {f"loss.{n}": p for n, p in objective.named_parameters()}
-    words = recall.RecallObjective(model, config.recall) if config.recall.batch else None
-    if words is not None:
+    family = open_family(config, home)
+    objective = Objective(family.heads, config.loss)
+    learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
+    words = None
+    if config.recall.batch and isinstance(family, TowersFamily):
+        words = recall.RecallObjective(family.model, config.recall)
         learned |= {f"recall.{n}": p for n, p in words.named_parameters()}
     held = [row for i in range(min(config.held, len(dev))) for row in dev[i]]
 
     def loss_of(batch: tuple[int, list[list[Judgement]]]) -> tuple[Tensor, Mapping[str, float]]:
         step, prompts = batch
-        loss, metrics = objective(model, collate([row for group in prompts for row in group]))
+        loss, metrics = objective(family, collate([row for group in prompts for row in group]))
         if words is not None:
             again = words(step, config.seed)
             loss = loss + config.recall.weight * again
@@ -172,9 +209,13 @@ def _train(
         return loss, metrics
 
     def preview(step: int, average: Average | None) -> dict[str, float]:
+        family.train(False)
         with _in_place(learned, average):
-            return agreement(judges_of(config, model), held)
+            found = agreement(family.judges(), held)
+        family.train(True)
+        return found
 
+    family.train(True)
     average = train_loop(
         home,
         Learner(learned, config.learner, ranks),
@@ -188,11 +229,11 @@ def _train(
         return {}
     if average is not None:
         average.copy_to(learned)
-    judges = finish(config, model, held, home)
-    figures = agreement(judges, held)
-    return home.write_result(
-        time.monotonic() - began, {name: {"value": value} for name, value in figures.items()}
-    )
+    family.train(False)
+    judges = {axis: calibrated(judge, held) for axis, judge in family.judges().items()}
+    figures = {name: {"value": value} for name, value in agreement(judges, held).items()}
+    write(config, family, judges, figures, home)
+    return home.write_result(time.monotonic() - began, figures)
 
 
 @contextmanager
@@ -208,96 +249,63 @@ def _in_place(learned: Mapping[str, Tensor], average: Average | None) -> Iterato
             learned[name].data.copy_(value)
 
 
-def finish(
-    config: TrainConfig, model: TowersModel, held: Sequence[Judgement], home: Run
-) -> dict[str, TowersJudge]:
-    """Calibrate the judges and write their folders, and the towers where they were trained."""
+def write(
+    config: TrainConfig,
+    family: Family,
+    judges: Mapping[str, Any],
+    figures: Mapping[str, Mapping[str, float]],
+    home: Run,
+) -> None:
+    """The judges' folders under `<run>/judges`, all of them or none, named by their weights."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in family.learned().values())
+    revision = hashlib.sha256(weights).hexdigest()[:12]
+    for judge in judges.values():
+        judge.card = replace(judge.card, revision=revision)
     folder = home.root / "judges"
-    source = config.towers
-    if config.trained == "full":
-        save_towers(model.towers, folder / "towers")
-        source = "../towers"
-    elif config.towers == "scenes":
-        source = str(SHIPPED / "towers")
-    out = {}
-    for axis, judge in judges_of(config, model).items():
-        judge = calibrated(judge, held)
-        save_judge(folder / axis, judge, source)
-        judge.card = replace(judge.card, revision=digest(folder / axis)[:12])
-        save_judge(folder / axis, judge, source)
-        out[axis] = judge
-    return out
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    with atomic_directory(folder) as part:
+        family.save(part, judges, readme(config, figures))
 
 
-def judges_of(config: TrainConfig, model: TowersModel) -> dict[str, TowersJudge]:
-    """The judges on a model in training, each with the heads it needs."""
-    out = {}
-    model.towers.forget()
-    for axis in config.judges:
-        kind = kind_of(axis)
-        names = list(kind.HEADS) or [axis]
-        part = TowersModel.of(model.towers, {n: (model.configs[n], model.heads[n]) for n in names})
-        card = JudgeCard(
-            name=axis,
-            revision="training",
-            preprocessing=f"letterbox-{model.towers.side}",
-            categories=kind.CATEGORIES,
-            needs=kind.NEEDS,
-            text_tokens=model.towers.context
-            if any(c.text for c in part.configs.values())
-            else None,
-            pixels=model.towers.side,
-        )
-        out[axis] = kind(part, card, axis, {"floor": config.floor} if axis == "consistency" else {})
-    return out
-
-
-# --- models --------------------------------------------------------------------------------------
-
-
-def open_model(config: TrainConfig, groups: Groups, folder: Path) -> TowersModel:
-    """Towers with the heads of the judges, what is not trained frozen. Fresh towers go to `folder`;
-    a resumed run finds them there.
-    """
-    if config.towers:
-        source = str(SHIPPED / "towers") if config.towers == "scenes" else config.towers
-        towers = open_towers(source, config.device)
-    elif (folder / CONFIG).is_file():
-        towers = open_towers(str(folder), config.device)
-    else:
-        texts = sorted(set(groups.table.column("prompt")))
-        towers = new_towers(config.new.open_clip(), texts, folder)
-    model = TowersModel(towers, config.wanted()).to(config.device)
-    towers.requires_grad_(config.trained == "full")
-    return model
-
-
-def learned_of(model: TowersModel) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name; those that no head reaches are left out."""
-    unused = ("towers.clip.text_projection", "towers.clip.visual.proj", "towers.clip.logit_scale")
-    named = model.named_parameters()
-    return {n: p for n, p in named if p.requires_grad and not n.startswith(unused)}
+def readme(config: TrainConfig, figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The card that people read."""
+    rows = [f"| {name} | {metric['value']:.3f} |" for name, metric in figures.items()]
+    return "\n".join(
+        [
+            f"# {', '.join(config.judges)}",
+            "",
+            f"Trained by `rlhf reward train` ({config.pace.steps} steps of {config.batch} prompts,"
+            f" seed {config.seed}) on the judgements in `{Path(config.data).name}`; calibrated on"
+            " their dev split. Agreement with annotators there:",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 # --- figures -------------------------------------------------------------------------------------
 
 
-def values_of(judge: TowersJudge, rows: Sequence[Judgement]) -> list[list[float]]:
-    """The raw values of a judge for the pictures of each row."""
+def values_of(judge: Judge, rows: Sequence[Judgement]) -> list[list[float]]:
+    """The raw values of a judge for the pictures of each row, NaN where it failed."""
     samples = [sample for row in rows for sample in row.samples()]
-    raw = iter([score.parts["raw"] for score in judge.score(samples)])
-    return [[next(raw) for _ in row.images] for row in rows]
+    raw = iter(raw_of(judge, samples))
+    return [[math.nan if (v := next(raw)) is None else v for _ in row.images] for row in rows]
 
 
-def agreement(judges: Mapping[str, TowersJudge], held: Sequence[Judgement]) -> dict[str, float]:
+def agreement(judges: Mapping[str, Judge], held: Sequence[Judgement]) -> dict[str, float]:
     """`dev/<axis>/accuracy`: share of the annotators' comparisons, ties apart, that a judge orders
-    as they do.
+    as they do; what it failed on counts as wrong.
     """
     out = {}
     for axis, judge in judges.items():
         rows = [row for row in held if row.axis == axis and row.kind != "point"]
         right = [
-            float((values[i] > values[j]) == (preference > 0.5))
+            float((values[i] > values[j]) if preference > 0.5 else (values[i] < values[j]))
             for row, values in zip(rows, values_of(judge, rows), strict=True)
             for i, j, preference in row.pairs()
             if preference != 0.5
@@ -307,21 +315,34 @@ def agreement(judges: Mapping[str, TowersJudge], held: Sequence[Judgement]) -> d
     return out
 
 
-def calibrated(judge: TowersJudge, held: Sequence[Judgement]) -> TowersJudge:
+def calibrated(judge: Any, held: Sequence[Judgement]) -> Any:
     """The judge with a calibration fitted to ratings and a temperature fitted to comparisons."""
-    points = [row for row in held if row.axis == judge.axis and row.kind == "point"]
-    lists = [row for row in held if row.axis == judge.axis and row.kind != "point"]
+    rows = [row for row in held if row.axis == judge.card.name]
+    points = [row for row in rows if row.kind == "point"]
+    lists = [row for row in rows if row.kind != "point"]
     raw = np.array([values[0] for values in values_of(judge, points)])
     rating = np.array([(r.ratings[0] - r.low) / (r.high - r.low) for r in points])
-    card = replace(judge.card, calibration=fit_calibration(raw, rating))
+    there = np.isfinite(raw) if len(raw) else np.zeros(0, bool)
+    card = replace(judge.card, calibration=fit_calibration(raw[there], rating[there]))
     gaps, labels = [], []
     for row, values in zip(lists, values_of(judge, lists), strict=True):
         value = [card.calibration(v) for v in values]
         for i, j, preference in row.pairs():
-            gaps.append(value[i] - value[j])
-            labels.append(preference)
+            if math.isfinite(value[i] - value[j]):
+                gaps.append(value[i] - value[j])
+                labels.append(preference)
     if gaps:
         temperature = fit_temperature(np.array(gaps), np.array(labels))
         card = replace(card, temperature=temperature)
     judge.card = card
     return judge
+
+
+def plan_train(config: TrainConfig) -> str:
+    """What is trained on how much."""
+    seen = config.batch * config.pace.steps
+    what = config.vlm.base if config.family == "vlm" else config.towers or "fresh towers"
+    return (
+        f"{', '.join(config.judges)} on {what}; {config.pace.steps} steps of {config.batch} prompts"
+        f" = {seen} prompts' judgements from '{config.data}'"
+    )

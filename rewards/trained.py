@@ -223,7 +223,11 @@ def card_of(stored: Mapping[str, Any]) -> JudgeCard:
 
 
 def save_judge(
-    folder: Path, judge: TowersJudge, towers: str, dtype: torch.dtype = torch.float32
+    folder: Path,
+    judge: TowersJudge,
+    towers: str,
+    readme: str = "",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a judge's folder; `towers` is a hub id or the path of their folder seen from it."""
     heads = {k: asdict(v) for k, v in judge.model.configs.items()}
@@ -233,6 +237,7 @@ def save_judge(
     weights = judge.model.heads.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.to(dtype).contiguous() for k, v in weights.items()}, folder / HEADS)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     (folder / CARD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -245,9 +250,9 @@ def open_judge(folder: str | Path) -> Judge:
     folder = Path(folder)
     about = read_card(folder)
     if about["family"] == "vlm":
-        from rewards.backbones.vlm import open_vlm_judge
+        from rewards.backbones.vlm_folder import load_vlm_judge
 
-        return open_vlm_judge(folder)
+        return load_vlm_judge(folder)
     source = str(about["towers"])
     beside = folder / source
     towers = shared_towers(str(beside.resolve()) if beside.is_dir() else source)

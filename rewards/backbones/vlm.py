@@ -320,8 +320,9 @@ def _to_score(
 ) -> Score:
     if not math.isfinite(value):
         return failed("the score tokens' logits are not finite")
+    raw = (value - 1) / (levels - 1)
     return Score(
-        value=calibration((value - 1) / (levels - 1)),
-        parts={"expectation": value, **parts},
+        value=calibration(raw),
+        parts={"raw": raw, "expectation": value, **parts},
         flags=flags,
     )

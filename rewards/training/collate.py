@@ -96,7 +96,7 @@ def collate(judgements: Sequence[Judgement]) -> LabelledBatch:
             pair_weight=_shares([p[3] for p in pairs]),
         )
     edited = torch.tensor(list(masks), dtype=torch.long)
-    touched = np.array(list(masks.values()), np.float32).reshape(len(masks), -1)
+    touched = np.array(list(masks.values()) or np.zeros((0, 1)), np.float32)
     return LabelledBatch(
         samples=tuple(collector.samples),
         labels=labels,

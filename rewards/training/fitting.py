@@ -39,7 +39,9 @@ def fit_calibration(
     order = np.argsort(raw, kind="stable")
     parts = np.array_split(order, count)
     x = np.array([raw[p].mean() for p in parts])
-    y = monotone(np.array([rating[p].mean() for p in parts]), np.array([float(len(p)) for p in parts]))
+    y = monotone(
+        np.array([rating[p].mean() for p in parts]), np.array([float(len(p)) for p in parts])
+    )
     keep = np.concatenate([[True], np.diff(x) > 1e-6])
     x, y = x[keep], y[keep]
     if len(x) < 2:

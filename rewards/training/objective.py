@@ -6,7 +6,7 @@ those that a batch has. A head that reads regions learns from masks instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from rewards.errors import RewardConfigError
 from rewards.training import losses
 from rewards.training.collate import LabelledBatch, Labels
+from rewards.training.families import Family
 from rewards.training.heads import expectation
-from rewards.types import Sample
 
 REGION = "region"
-Forward = Callable[[Sequence[Sample], Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +58,9 @@ class Objective(nn.Module):
         self.scale = nn.ParameterDict({a: nn.Parameter(torch.tensor(1.5)) for a in axes})
         self.tie = nn.ParameterDict({a: nn.Parameter(torch.tensor(-1.0)) for a in axes})
 
-    def forward(self, model: Forward, batch: LabelledBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, model: Family, batch: LabelledBatch) -> tuple[Tensor, dict[str, float]]:
         wanted = {axis: found.samples() for axis, found in batch.labels.items()}
-        if REGION in getattr(model, "heads", {}) and len(batch.edited):
+        if REGION in model.heads and len(batch.edited):
             wanted[REGION] = batch.edited
         said = model(batch.samples, wanted)
         total, metrics = torch.zeros(()), {}
