@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -47,7 +48,7 @@ class Candidate:
     origin: str
 
 
-def _other(rng: Rng, values, current: object) -> str:
+def _other(rng: Rng, values, current: object) -> Any:
     left = [v for v in values if v != current]
     return left[int(rng.integers(len(left)))]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from rewards.types import JudgeCard, Sample
 UNREACHED = ("towers.clip.text_projection", "towers.clip.visual.proj", "towers.clip.logit_scale")
 
 
+@runtime_checkable
 class Family(Protocol):
     """See the module. `heads` names what the axes' logits come from."""
 
@@ -218,7 +219,6 @@ class VlmFamily:
             name=self.axis,
             revision="training",
             categories=kind.CATEGORIES,
-            needs=kind.NEEDS,
         )
         self.model.eval()
         return {self.axis: VlmJudge(self.model, card, str(self.model.model.device))}
