@@ -24,7 +24,15 @@ SMALL = [
     "cluster.kind=local",
     "cluster.learner_threads=1",
 ]
-PAGES = ("own_reward.md", "own_prompts.md", "own_base.md", "data.md", "codecs.md", "pretraining.md")
+PAGES = (
+    "own_reward.md",
+    "own_prompts.md",
+    "own_base.md",
+    "data.md",
+    "codecs.md",
+    "pretraining.md",
+    "reward_data.md",
+)
 
 
 @pytest.mark.slow
@@ -40,6 +48,7 @@ def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             Path(first.removeprefix("# file: ")).write_text(rest)
         elif first == "# run":
             exec(compile(rest, page, "exec"), {})
+            ran += 1
         elif language == "bash":
             words = shlex.split(text)
             assert words[0] == "rlhf"
