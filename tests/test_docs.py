@@ -31,7 +31,11 @@ PAGES = (
     "data.md",
     "codecs.md",
     "pretraining.md",
+<<<<<<< HEAD
     "serving.md",
+=======
+    "reward_data.md",
+>>>>>>> h4-data
 )
 
 
@@ -48,6 +52,7 @@ def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             Path(first.removeprefix("# file: ")).write_text(rest)
         elif first == "# run":
             exec(compile(rest, page, "exec"), {})
+            ran += 1
         elif language == "bash":
             words = shlex.split(text)
             assert words[0] == "rlhf"

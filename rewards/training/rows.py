@@ -31,7 +31,7 @@ def judgement_of(row: Mapping[str, Any], base: Path = Path()) -> Judgement:
         DataError: a column that is missing or of another type.
         ImageError: a picture that does not open.
     """
-    known = {name: row.get(name) for name in NEEDED}
+    known: dict[str, Any] = {name: row.get(name) for name in NEEDED}
     missing = [name for name, value in known.items() if value is None]
     if missing:
         raise DataError(f"expected {', '.join(NEEDED)}, got no {', '.join(missing)}: add it")

@@ -288,8 +288,8 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[Iterator[Any]]:
         yield run()
 
 
-def _write(path: Path, groups: Iterable[Iterable[Judgement]], schema: pa.Schema | None) -> Any:
-    """One file of row groups. Returns the schema, which the first rows decide."""
+def _write(path: Path, groups: Iterable[Iterable[Judgement]], schema: Any) -> Any:
+    """One file of row groups. Returns its schema, that of the first rows where none is given."""
     writer: pq.ParquetWriter | None = None
     try:
         for group in groups:
