@@ -24,7 +24,15 @@ SMALL = [
     "cluster.kind=local",
     "cluster.learner_threads=1",
 ]
-PAGES = ("own_reward.md", "own_prompts.md", "own_base.md", "data.md", "codecs.md", "pretraining.md")
+PAGES = (
+    "own_reward.md",
+    "own_prompts.md",
+    "own_base.md",
+    "data.md",
+    "codecs.md",
+    "pretraining.md",
+    "reward_benchmark.md",
+)
 
 
 @pytest.mark.slow
