@@ -30,7 +30,7 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> Figure | None:
     ax.plot(said, won, "-", color=COLOURS[0], lw=1.4, marker="o", ms=5, label="judge")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
-    title(ax, f"of {sum(n for _, _, n in bins):,} pairs in both orders, {len(bins)} equal bins")
+    title(ax, f"{sum(n for _, _, n in bins) // 2:,} pairs in both orders, {len(bins)} equal bins")
     _axis_names(ax, "probability that the first is better", "share in which it was")
     legend(ax)
     return figure

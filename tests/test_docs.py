@@ -32,10 +32,14 @@ PAGES = (
     "codecs.md",
     "pretraining.md",
 <<<<<<< HEAD
+<<<<<<< HEAD
     "serving.md",
 =======
     "reward_data.md",
 >>>>>>> h4-data
+=======
+    "reward_benchmark.md",
+>>>>>>> h4-bench
 )
 
 
