@@ -124,7 +124,7 @@ def progress_line(iteration: int, total: int, row: Mapping[str, float]) -> str:
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """Align, evaluate before and after, write result.json and report.html; returns the result."""
-    began = time.monotonic()
+    began, config = time.monotonic(), config.resolved()
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     batch_of(prompts, config.prompts_per_iteration, 1, config.seed, config.prompts.shares())
     config.check_model()

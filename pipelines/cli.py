@@ -179,6 +179,15 @@ PROGRAMS = (
         module="prepare",
     ),
     Program(
+        "reward calibrate",
+        "weigh judges by category on a frozen policy's own pictures",
+        (
+            "rlhf reward calibrate --config reward/calibrate",
+            "rlhf align --config align/scenes weights_from=runs/calibrate/weights.yaml",
+        ),
+        module="reward_calibrate",
+    ),
+    Program(
         "vae",
         "train the image codec of the scenes base",
         ("rlhf vae --config vae/scenes",),

@@ -157,7 +157,7 @@ def _weighted(group: _Group, judges: Sequence[JudgeCard]) -> _Parts:
     """The weighted sum of the raw scores, normalised; samples without all of them are left out."""
     part = np.zeros_like(group.value)
     counts = group.weight > 0
-    whole = group.valid[counts].all(axis=0) & counts.any()
+    whole = np.logical_and.reduce(group.valid[counts], axis=0) & bool(counts.any())
     live = np.zeros_like(whole)
     if whole.sum() < 2:
         return _Parts(part, live, _fate(group, ()))

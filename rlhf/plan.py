@@ -14,6 +14,7 @@ from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
 from rlhf.alignment import AlignmentConfig, LossConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
+from rlhf.config import read_yaml
 from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
@@ -23,6 +24,7 @@ from rlhf.prompts import PromptSet, batch_of
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.schedule import build, qwen_image21_sigmas
+from rlhf.typed import convert
 from rlhf.types import Prompt
 
 
@@ -73,6 +75,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     judges: tuple[str, ...] = ("oracle/fidelity",)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    weights_from: str | None = None  # a YAML file of weights, in their place
     required: tuple[str, ...] = ()
     scheme: Scheme = "mo-grpo"
     watch: tuple[str, ...] = ()
@@ -107,6 +110,8 @@ class Config:
             raise ConfigError(
                 "judges: expected at least one, such as oracle/fidelity or my_rewards.py:brightness"
             )
+        if self.weights and self.weights_from:
+            raise ConfigError("write weights or weights_from: two answers to one question")
         if both := sorted(set(self.judges) & set(self.watch)):
             raise ConfigError(
                 f"watch: expected judges that have no say, got {both}, which judges names too:"
@@ -174,9 +179,18 @@ class Config:
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
             build(sigmas, sampler.kernel, level, sampler.window)
 
+    def resolved(self) -> Config:
+        """With the weights of the file in their place. Raises ConfigError."""
+        if self.weights_from is None:
+            return self
+        table = convert(
+            dict[str, dict[str, float]], read_yaml(Path(self.weights_from)), "weights_from"
+        )
+        return replace(self, weights=table, weights_from=None)
+
     def judge_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """`weights`, or equal weights of the judges of these names."""
-        return self.weights or {"*": {name: 1.0 for name in names}}
+        return self.resolved().weights or {"*": {name: 1.0 for name in names}}
 
     def recipe(self) -> Recipe:
         """What the cluster's workers are built from."""
