@@ -31,15 +31,9 @@ PAGES = (
     "data.md",
     "codecs.md",
     "pretraining.md",
-<<<<<<< HEAD
-<<<<<<< HEAD
     "serving.md",
-=======
     "reward_data.md",
->>>>>>> h4-data
-=======
     "reward_benchmark.md",
->>>>>>> h4-bench
 )
 
 
