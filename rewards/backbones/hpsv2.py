@@ -119,11 +119,12 @@ class HpsJudge:
                 f"expected a version among {list(FILES)} and batch >= 1, got {version!r}, {batch}"
             )
         path = _file_of(checkpoint, version)
-        model, _, self._preprocess = open_clip.create_model_and_transforms(
+        model, _, preprocess = open_clip.create_model_and_transforms(
             architecture, load_weights=False, precision="fp32", image_resize_mode="longest"
         )
         _bind(model, _weights_of(path), architecture)
         self._model: Any = model.to(device).eval().requires_grad_(False)
+        self._preprocess: Any = preprocess
         self._tokenizer: Any = open_clip.get_tokenizer(architecture)
         self._device, self._batch = device, batch
         size = self._model.visual.image_size

@@ -96,7 +96,7 @@ def save(model: VlmRewardModel, folder: Path, *, base: str, card: JudgeCard, rea
 
 
 def _card(fields: dict[str, Any]) -> JudgeCard:
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     knots = {k: tuple(v) for k, v in fields.get("calibration", {}).items()}
     known["calibration"] = Calibration(**knots)
     return JudgeCard(**known)
