@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipelines.data import recall
+from pipelines.data.facts import Facts, FactsObjective
+from pipelines.data.recall import Recall, RecallObjective
 from rewards.backbones.towers import Shape
 from rewards.benchmark.calibration import fit_temperature
 from rewards.errors import DataError
@@ -73,7 +74,8 @@ class TrainConfig:
     floor: float = 4.2  # rms in grey levels of the autoencoder's round trip, for consistency
     heads: dict[str, HeadConfig] = field(default_factory=dict)  # in place of a judge's own
     loss: RewardLoss = field(default_factory=RewardLoss)
-    recall: recall.Recall = field(default_factory=recall.Recall)
+    facts: Facts = field(default_factory=Facts)
+    recall: Recall = field(default_factory=Recall)
     batch: int = 16
     held: int = 200  # prompts of the dev split that curves and calibration are read on
     pace: Pace = field(default_factory=lambda: Pace(steps=500, save_every=250))
@@ -88,10 +90,10 @@ class TrainConfig:
             raise ConfigError(
                 f"batch and held: expected at least 1, got {self.batch} and {self.held}"
             )
-        if self.family == "vlm" and (len(self.judges) > 1 or self.recall.batch):
+        if self.family == "vlm" and (len(self.judges) > 1 or self.recall.batch + self.facts.batch):
             raise ConfigError(
-                "family vlm: expected one judge a run and recall.batch=0, got"
-                f" {list(self.judges)} and {self.recall.batch}"
+                "family vlm: expected one judge a run, recall.batch=0 and facts.batch=0, got"
+                f" {list(self.judges)}, {self.recall.batch} and {self.facts.batch}"
             )
         if not self.towers and self.trained != "full":
             raise ConfigError(
@@ -193,19 +195,21 @@ def _train(
     family = open_family(config, home)
     objective = Objective(family.heads, config.loss)
     learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
-    words = None
-    if config.recall.batch and isinstance(family, TowersFamily):
-        words = recall.RecallObjective(family.model, config.recall)
-        learned |= {f"recall.{n}": p for n, p in words.named_parameters()}
+    sides = side_tasks(config, family)
+    learned |= {f"{k}.{n}": p for k, side in sides.items() for n, p in side.named_parameters()}
     held = [row for i in range(min(config.held, len(dev))) for row in dev[i]]
 
     def loss_of(batch: tuple[int, list[list[Judgement]]]) -> tuple[Tensor, Mapping[str, float]]:
         step, prompts = batch
-        loss, metrics = objective(family, collate([row for group in prompts for row in group]))
-        if words is not None:
-            again = words(step, config.seed)
-            loss = loss + config.recall.weight * again
-            metrics["loss/recall"] = float(again.detach())
+        seeing = step <= config.facts.steps
+        loss, metrics = torch.zeros(()), {}
+        if not seeing:
+            rows = [row for group in prompts for row in group]
+            loss, metrics = objective(family, collate(rows))
+        for name, side in sides.items():
+            if (name == "facts") == seeing:
+                found = side(step, config.seed)
+                loss, metrics[f"loss/{name}"] = loss + found, float(found.detach())
         return loss, metrics
 
     def preview(step: int, average: Average | None) -> dict[str, float]:
@@ -234,6 +238,17 @@ def _train(
     figures = {name: {"value": value} for name, value in agreement(judges, held).items()}
     write(config, family, judges, figures, home)
     return home.write_result(time.monotonic() - began, figures)
+
+
+def side_tasks(config: TrainConfig, family: Family) -> dict[str, nn.Module]:
+    """What towers learn beside the judgements; see pipelines.data.facts and recall."""
+    out: dict[str, nn.Module] = {}
+    if isinstance(family, TowersFamily):
+        if config.facts.batch:
+            out["facts"] = FactsObjective(family.model.towers, config.facts)
+        if config.recall.batch:
+            out["recall"] = RecallObjective(family.model, config.recall)
+    return out
 
 
 @contextmanager

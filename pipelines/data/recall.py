@@ -36,7 +36,6 @@ class Recall:
     """`batch` captions a step (0 for none), of which `share` of the tokens are hidden."""
 
     batch: int = 0
-    weight: float = 1.0
     share: float = 0.4
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
 

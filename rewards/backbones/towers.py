@@ -98,6 +98,8 @@ class Towers(nn.Module):
         self.source = source
         side = clip.visual.image_size  # type: ignore[union-attr]
         self.side: int = side[0] if isinstance(side, tuple | list) else side
+        patch = clip.visual.patch_size  # type: ignore[union-attr]
+        self.patch: int = patch[0] if isinstance(patch, tuple | list) else patch
         self.context: int = tokenizer.context_length
         for part in ("mean", "std"):
             values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)

@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pipelines.data.facts import CHOICES, Facts, facts
 from pipelines.data.recall import Recall
 from pipelines.reward import TrainConfig, train
 from pipelines.reward_collect import CollectConfig, collect
 from rewards.backbones.towers import Shape
 from rewards.errors import DataError
 from rewards.judge import load_judge, run_judge
+from rewards.scenes import world
 from rewards.training.heads import HeadConfig
 from rewards.training.schema import Judgement
 from rewards.training.table import JudgementTable, load_judgements, write_judgements
@@ -23,6 +25,7 @@ from tests.rewards.vlm_tiny import write_base
 
 SHAPE = Shape(width=32, layers=1, text_width=32, text_layers=1, words=300)
 SMALL = HeadConfig(width=32, depth=1)
+NO_SIDES = {"recall": Recall(), "facts": Facts()}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def config(judgements, tmp_path, **fields):
         new=SHAPE,
         heads={"fidelity": SMALL, "aesthetics": replace(SMALL, text=False)},
         recall=Recall(batch=8),
+        facts=Facts(batch=4, steps=1),
         batch=3,
         held=6,
         pace=pace,
@@ -140,7 +144,13 @@ def test_heads_alone_leave_the_towers_as_they_were(judgements, tmp_path):
 def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, tmp_path):
     base = write_base(tmp_path / "base")
     one = config(
-        judgements, tmp_path, family="vlm", judges=("fidelity",), recall=Recall(), heads={}
+        judgements,
+        tmp_path,
+        family="vlm",
+        judges=("fidelity",),
+        recall=Recall(),
+        facts=Facts(),
+        heads={},
     )
     one = replace(one, vlm=replace(one.vlm, base=str(base), rank=2), batch=1, held=2)
     train(replace(one, pace=Pace(steps=2, log_every=1, save_every=2)))
@@ -154,7 +164,7 @@ def test_prompts_in_two_splits_are_refused(judgements, tmp_path):
     for split in ("train", "dev"):
         write_judgements(tmp_path / "leak", split, plain)
     with pytest.raises(DataError, match="one split each"):
-        train(config(tmp_path / "leak", tmp_path, recall=Recall(), judges=("fidelity",)))
+        train(config(tmp_path / "leak", tmp_path, **NO_SIDES, judges=("fidelity",)))
 
 
 def test_what_cannot_be_trained_is_refused(judgements, tmp_path):
@@ -166,7 +176,7 @@ def test_what_cannot_be_trained_is_refused(judgements, tmp_path):
         with pytest.raises(ConfigError, match=hint):
             config(judgements, tmp_path, **fields).check()
     with pytest.raises(DataError, match="expected train rows"):
-        train(config(judgements, tmp_path, judges=("beauty",), heads={}, recall=Recall()))
+        train(config(judgements, tmp_path, judges=("beauty",), heads={}, **NO_SIDES))
 
 
 def test_an_own_axis_needs_no_code(judgements, tmp_path):
@@ -180,7 +190,23 @@ def test_an_own_axis_needs_no_code(judgements, tmp_path):
     write_judgements(tmp_path / "own", "dev", dev)
     heads = {"calm": replace(SMALL, text=False)}
     result = train(
-        config(tmp_path / "own", tmp_path, judges=("calm",), heads=heads, recall=Recall())
+        config(
+            tmp_path / "own",
+            tmp_path,
+            judges=("calm",),
+            heads=heads,
+            recall=Recall(),
+            facts=Facts(),
+        )
     )
     assert "dev/calm/accuracy" in result["metrics"]
     assert load_judge(str(tmp_path / "judge" / "judges" / "calm")).card.name == "calm"
+
+
+def test_the_facts_of_a_picture_are_all_there(judgements):
+    for category in ("objects", "portraits", "text"):
+        seen = {tuple(facts(world.draw(category, i))) for i in range(60)}
+        assert all(len(row) == len(CHOICES) for row in seen)
+        assert all(-100 <= v < n for row in seen for v, n in zip(row, CHOICES, strict=True))
+    one = world.draw("text", 1)
+    assert facts(one)[14:18] == ["LMNRSTKPAEIO".index(letter) for letter in one.word]
