@@ -69,7 +69,9 @@ def facts(spec: Spec) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """For the first `steps`, `batch` pictures a step, a share of them worn, are all that is learnt."""
+    """For the first `steps`, `batch` pictures a step, a share of them worn, are all that is
+    learnt.
+    """
 
     batch: int = 0
     steps: int = 0
