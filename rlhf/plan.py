@@ -183,9 +183,8 @@ class Config:
         """With the weights of the file in their place. Raises ConfigError."""
         if self.weights_from is None:
             return self
-        table = convert(
-            dict[str, dict[str, float]], read_yaml(Path(self.weights_from)), "weights_from"
-        )
+        found = read_yaml(Path(self.weights_from))
+        table = convert(dict[str, dict[str, float]], found, "weights_from", Config)
         return replace(self, weights=table, weights_from=None)
 
     def judge_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
