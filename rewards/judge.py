@@ -205,7 +205,8 @@ def load_judge(spec: str) -> Judge:
     <folder>                 one that `rlhf reward train` wrote
     http://host:port/<name>  one that `rlhf reward serve` serves
     hpsv2:<checkpoint>       HPSv2 or 2.1
-    module:name, file.py:name  a function f(images, prompts, sources, **columns), or a judge
+    module:name, file.py:name  a function f(images, prompts, sources, **columns), or a judge or its
+                             class, which is made without arguments
 
     Raises:
         RewardConfigError: the name has another form, or what it names is missing or no judge.
@@ -214,6 +215,14 @@ def load_judge(spec: str) -> Judge:
         return _oracle(spec.removeprefix("oracle/"))
     if spec.startswith("scenes/"):
         return _shipped(spec.removeprefix("scenes/"))
+    if spec.startswith(("http://", "https://")):
+        from rewards.client import RemoteJudge
+
+        return RemoteJudge(spec)
+    if spec.startswith("hpsv2:"):
+        from rewards.backbones.hpsv2 import HpsJudge
+
+        return HpsJudge(spec.removeprefix("hpsv2:"))
     if (Path(spec) / "card.json").is_file():
         from rewards.trained import open_judge
 
@@ -231,6 +240,8 @@ def load_judge(spec: str) -> Judge:
             f"expected {name!r} in {place!r}, got {type(error).__name__}: {error}. "
             "Write module:function for an importable module or path/file.py:function for a file"
         ) from error
+    if inspect.isclass(found) and hasattr(found, "score"):
+        found = found()
     if isinstance(found, Judge):
         return found
     if not callable(found) or inspect.isclass(found):

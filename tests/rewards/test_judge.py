@@ -198,3 +198,16 @@ def test_scores_are_rectangular_and_named():
         Scores(judges=(card,), table={"b": ((one,),)})
     with pytest.raises(RewardConfigError, match="low < high"):
         JudgeCard(name="a", revision="1", preprocessing="none", low=1.0, high=1.0)
+
+
+def test_a_class_of_judges_is_a_judge(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rewards.types import JudgeCard, Score\n"
+        "class Mine:\n"
+        "    def __init__(self):\n"
+        "        self.card = JudgeCard(name='mine', revision='1', preprocessing='none')\n"
+        "    def score(self, samples):\n"
+        "        return [Score(value=0.5) for _ in samples]\n"
+    )
+    judge = load_judge(f"{tmp_path}/mine.py:Mine")
+    assert judge.card.name == "mine" and len(judge.score(_ask("1", "2"))) == 2
