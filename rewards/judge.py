@@ -186,15 +186,43 @@ def _oracle(axis: str) -> Judge:
     return OracleJudge(axis)
 
 
-def _shipped(name: str) -> Judge:
-    from rewards.trained import SHIPPED, open_judge
+def _folder(folder: Path) -> Judge:
+    from rewards.trained import open_judge
+
+    return open_judge(folder)
+
+
+def _shipped(spec: str) -> Judge:
+    from rewards.trained import SHIPPED
 
     known = sorted(path.parent.name for path in SHIPPED.glob("*/card.json"))
+    name = spec.removeprefix("scenes/")
     if name not in known:
         raise RewardConfigError(
-            f"expected one of {', '.join(f'scenes/{k}' for k in known)}, got 'scenes/{name}'"
+            f"expected one of {', '.join(f'scenes/{k}' for k in known)}, got {spec!r}"
         )
-    return open_judge(SHIPPED / name)
+    return _folder(SHIPPED / name)
+
+
+def _served(spec: str) -> Judge:
+    from rewards.client import RemoteJudge
+
+    return RemoteJudge(spec)
+
+
+def _hpsv2(spec: str) -> Judge:
+    from rewards.backbones.hpsv2 import HpsJudge
+
+    return HpsJudge(spec.removeprefix("hpsv2:"))
+
+
+_FORMS: dict[str, Callable[[str], Judge]] = {
+    "oracle/": lambda spec: _oracle(spec.removeprefix("oracle/")),
+    "scenes/": _shipped,
+    "http://": _served,
+    "https://": _served,
+    "hpsv2:": _hpsv2,
+}
 
 
 def load_judge(spec: str) -> Judge:
@@ -211,22 +239,11 @@ def load_judge(spec: str) -> Judge:
     Raises:
         RewardConfigError: the name has another form, or what it names is missing or no judge.
     """
-    if spec.startswith("oracle/"):
-        return _oracle(spec.removeprefix("oracle/"))
-    if spec.startswith("scenes/"):
-        return _shipped(spec.removeprefix("scenes/"))
-    if spec.startswith(("http://", "https://")):
-        from rewards.client import RemoteJudge
-
-        return RemoteJudge(spec)
-    if spec.startswith("hpsv2:"):
-        from rewards.backbones.hpsv2 import HpsJudge
-
-        return HpsJudge(spec.removeprefix("hpsv2:"))
+    for prefix, opened in _FORMS.items():
+        if spec.startswith(prefix):
+            return opened(spec)
     if (Path(spec) / "card.json").is_file():
-        from rewards.trained import open_judge
-
-        return open_judge(spec)
+        return _folder(Path(spec))
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise RewardConfigError(

@@ -204,7 +204,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     """card.json of a judge's folder. Raises RewardConfigError for one that is missing or broken."""
     try:
         about = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        about["card"], about["family"]
+        if not {"card", "family"} <= set(about):
+            raise ValueError(f"it holds {sorted(about)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RewardConfigError(
             f"expected a judge's folder with {CARD} at '{folder}', got {type(error).__name__}:"

@@ -96,10 +96,8 @@ class Towers(nn.Module):
         self.clip: Any = clip
         self.tokenizer = tokenizer
         self.source = source
-        side = clip.visual.image_size  # type: ignore[union-attr]
-        self.side: int = side[0] if isinstance(side, tuple | list) else side
-        patch = clip.visual.patch_size  # type: ignore[union-attr]
-        self.patch: int = patch[0] if isinstance(patch, tuple | list) else patch
+        self.side = _first(self.clip.visual.image_size)
+        self.patch = _first(self.clip.visual.patch_size)
         self.context: int = tokenizer.context_length
         for part in ("mean", "std"):
             values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)
@@ -184,6 +182,11 @@ class Towers(nn.Module):
     def forget(self) -> None:
         """Drop what is remembered; call it after weights changed."""
         self._kept.clear()
+
+
+def _first(size: Any) -> int:
+    """A side in pixels, from a number or a pair of equal ones."""
+    return int(size[0] if isinstance(size, tuple | list) else size)
 
 
 def _key_of_image(image: Picture) -> bytes:

@@ -250,7 +250,8 @@ def candidates(rng: Rng, spec: Spec | Edit, count: int, size: int = 64) -> list[
     the source left as it is, and an edit that changes more than it was asked to.
     """
     if not isinstance(spec, Edit):
-        return [_drawn(rng, spec, lambda: mistake(rng, spec), size) for _ in range(count)]
+        plain = spec
+        return [_drawn(rng, plain, lambda: mistake(rng, plain), size) for _ in range(count)]
     target, source = spec.target, spec.source
 
     def wrong() -> Spec:

@@ -26,7 +26,8 @@ UNREACHED = ("towers.clip.text_projection", "towers.clip.visual.proj", "towers.c
 class Family(Protocol):
     """See the module. `heads` names what the axes' logits come from."""
 
-    heads: Sequence[str]
+    @property
+    def heads(self) -> Sequence[str]: ...
 
     def __call__(
         self, samples: Sequence[Sample], wanted: Mapping[str, Tensor]
