@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.facts import Facts, FactsObjective
+from pipelines.data.aspects import Aspects, AspectsObjective
 from pipelines.data.recall import Recall, RecallObjective
 from rewards.backbones.towers import Shape
 from rewards.benchmark.calibration import fit_temperature
@@ -74,7 +74,7 @@ class TrainConfig:
     floor: float = 4.2  # rms in grey levels of the autoencoder's round trip, for consistency
     heads: dict[str, HeadConfig] = field(default_factory=dict)  # in place of a judge's own
     loss: RewardLoss = field(default_factory=RewardLoss)
-    facts: Facts = field(default_factory=Facts)
+    aspects: Aspects = field(default_factory=Aspects)
     recall: Recall = field(default_factory=Recall)
     batch: int = 16
     held: int = 200  # prompts of the dev split that curves and calibration are read on
@@ -90,10 +90,11 @@ class TrainConfig:
             raise ConfigError(
                 f"batch and held: expected at least 1, got {self.batch} and {self.held}"
             )
-        if self.family == "vlm" and (len(self.judges) > 1 or self.recall.batch + self.facts.batch):
+        sides = self.recall.batch + self.aspects.batch
+        if self.family == "vlm" and (len(self.judges) > 1 or sides):
             raise ConfigError(
-                "family vlm: expected one judge a run, recall.batch=0 and facts.batch=0, got"
-                f" {list(self.judges)}, {self.recall.batch} and {self.facts.batch}"
+                "family vlm: expected one judge a run, recall.batch=0 and aspects.batch=0, got"
+                f" {list(self.judges)}, {self.recall.batch} and {self.aspects.batch}"
             )
         if not self.towers and self.trained != "full":
             raise ConfigError(
@@ -201,13 +202,13 @@ def _train(
 
     def loss_of(batch: tuple[int, list[list[Judgement]]]) -> tuple[Tensor, Mapping[str, float]]:
         step, prompts = batch
-        seeing = step <= config.facts.steps
+        seeing = step <= config.aspects.steps
         loss, metrics = torch.zeros(()), {}
         if not seeing:
             rows = [row for group in prompts for row in group]
             loss, metrics = objective(family, collate(rows))
         for name, side in sides.items():
-            if (name == "facts") == seeing:
+            if name == "aspects" or not seeing:
                 found = side(step, config.seed)
                 loss, metrics[f"loss/{name}"] = loss + found, float(found.detach())
         return loss, metrics
@@ -241,11 +242,11 @@ def _train(
 
 
 def side_tasks(config: TrainConfig, family: Family) -> dict[str, nn.Module]:
-    """What towers learn beside the judgements; see pipelines.data.facts and recall."""
+    """What towers learn beside the judgements; see pipelines.data.aspects and recall."""
     out: dict[str, nn.Module] = {}
     if isinstance(family, TowersFamily):
-        if config.facts.batch:
-            out["facts"] = FactsObjective(family.model.towers, config.facts)
+        if config.aspects.batch:
+            out["aspects"] = AspectsObjective(family.model.towers, config.aspects)
         if config.recall.batch:
             out["recall"] = RecallObjective(family.model, config.recall)
     return out

@@ -33,6 +33,7 @@ PAGES = (
     "pretraining.md",
     "serving.md",
     "reward_data.md",
+    "reward_models.md",
     "reward_benchmark.md",
 )
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.data.facts import CHOICES, Facts, facts
+from pipelines.data.aspects import Aspects
 from pipelines.data.recall import Recall
 from pipelines.reward import TrainConfig, train
 from pipelines.reward_collect import CollectConfig, collect
 from rewards.backbones.towers import Shape
 from rewards.errors import DataError
 from rewards.judge import load_judge, run_judge
-from rewards.scenes import world
 from rewards.training.heads import HeadConfig
 from rewards.training.schema import Judgement
 from rewards.training.table import JudgementTable, load_judgements, write_judgements
@@ -25,7 +24,7 @@ from tests.rewards.vlm_tiny import write_base
 
 SHAPE = Shape(width=32, layers=1, text_width=32, text_layers=1, words=300)
 SMALL = HeadConfig(width=32, depth=1)
-NO_SIDES = {"recall": Recall(), "facts": Facts()}
+NO_SIDES = {"recall": Recall(), "aspects": Aspects()}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def config(judgements, tmp_path, **fields):
         new=SHAPE,
         heads={"fidelity": SMALL, "aesthetics": replace(SMALL, text=False)},
         recall=Recall(batch=8),
-        facts=Facts(batch=4, steps=1),
+        aspects=Aspects(batch=4, steps=1, after=2),
         batch=3,
         held=6,
         pace=pace,
@@ -149,7 +148,7 @@ def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, tmp_
         family="vlm",
         judges=("fidelity",),
         recall=Recall(),
-        facts=Facts(),
+        aspects=Aspects(),
         heads={},
     )
     one = replace(one, vlm=replace(one.vlm, base=str(base), rank=2), batch=1, held=2)
@@ -196,17 +195,8 @@ def test_an_own_axis_needs_no_code(judgements, tmp_path):
             judges=("calm",),
             heads=heads,
             recall=Recall(),
-            facts=Facts(),
+            aspects=Aspects(),
         )
     )
     assert "dev/calm/accuracy" in result["metrics"]
     assert load_judge(str(tmp_path / "judge" / "judges" / "calm")).card.name == "calm"
-
-
-def test_the_facts_of_a_picture_are_all_there(judgements):
-    for category in ("objects", "portraits", "text"):
-        seen = {tuple(facts(world.draw(category, i))) for i in range(60)}
-        assert all(len(row) == len(CHOICES) for row in seen)
-        assert all(-100 <= v < n for row in seen for v, n in zip(row, CHOICES, strict=True))
-    one = world.draw("text", 1)
-    assert facts(one)[14:18] == ["LMNRSTKPAEIO".index(letter) for letter in one.word]
