@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.data.aspects import Aspects, AspectsObjective
-from pipelines.data.recall import Recall, RecallObjective
 from rewards.backbones.towers import Shape
 from rewards.benchmark.calibration import fit_temperature
 from rewards.errors import DataError
@@ -75,7 +74,6 @@ class TrainConfig:
     heads: dict[str, HeadConfig] = field(default_factory=dict)  # in place of a judge's own
     loss: RewardLoss = field(default_factory=RewardLoss)
     aspects: Aspects = field(default_factory=Aspects)
-    recall: Recall = field(default_factory=Recall)
     batch: int = 16
     held: int = 200  # prompts of the dev split that curves and calibration are read on
     pace: Pace = field(default_factory=lambda: Pace(steps=500, save_every=250))
@@ -90,11 +88,10 @@ class TrainConfig:
             raise ConfigError(
                 f"batch and held: expected at least 1, got {self.batch} and {self.held}"
             )
-        sides = self.recall.batch + self.aspects.batch
-        if self.family == "vlm" and (len(self.judges) > 1 or sides):
+        if self.family == "vlm" and (len(self.judges) > 1 or self.aspects.batch):
             raise ConfigError(
-                "family vlm: expected one judge a run, recall.batch=0 and aspects.batch=0, got"
-                f" {list(self.judges)}, {self.recall.batch} and {self.aspects.batch}"
+                "family vlm: expected one judge a run and aspects.batch=0, got"
+                f" {list(self.judges)} and {self.aspects.batch}"
             )
         if not self.towers and self.trained != "full":
             raise ConfigError(
@@ -196,21 +193,21 @@ def _train(
     family = open_family(config, home)
     objective = Objective(family.heads, config.loss)
     learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
-    sides = side_tasks(config, family)
-    learned |= {f"{k}.{n}": p for k, side in sides.items() for n, p in side.named_parameters()}
+    form = None
+    if config.aspects.batch and isinstance(family, TowersFamily):
+        form = AspectsObjective(family.model.towers, config.aspects)
+        learned |= {f"aspects.{n}": p for n, p in form.named_parameters()}
     held = [row for i in range(min(config.held, len(dev))) for row in dev[i]]
 
     def loss_of(batch: tuple[int, list[list[Judgement]]]) -> tuple[Tensor, Mapping[str, float]]:
         step, prompts = batch
-        seeing = step <= config.aspects.steps
         loss, metrics = torch.zeros(()), {}
-        if not seeing:
+        if step > config.aspects.steps:
             rows = [row for group in prompts for row in group]
             loss, metrics = objective(family, collate(rows))
-        for name, side in sides.items():
-            if name == "aspects" or not seeing:
-                found = side(step, config.seed)
-                loss, metrics[f"loss/{name}"] = loss + found, float(found.detach())
+        if form is not None:
+            found = form(step, config.seed)
+            loss, metrics["loss/aspects"] = loss + found, float(found.detach())
         return loss, metrics
 
     def preview(step: int, average: Average | None) -> dict[str, float]:
@@ -239,17 +236,6 @@ def _train(
     figures = {name: {"value": value} for name, value in agreement(judges, held).items()}
     write(config, family, judges, figures, home)
     return home.write_result(time.monotonic() - began, figures)
-
-
-def side_tasks(config: TrainConfig, family: Family) -> dict[str, nn.Module]:
-    """What towers learn beside the judgements; see pipelines.data.aspects and recall."""
-    out: dict[str, nn.Module] = {}
-    if isinstance(family, TowersFamily):
-        if config.aspects.batch:
-            out["aspects"] = AspectsObjective(family.model.towers, config.aspects)
-        if config.recall.batch:
-            out["recall"] = RecallObjective(family.model, config.recall)
-    return out
 
 
 @contextmanager

@@ -68,17 +68,24 @@ class CollectConfig:
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     drawn: dict[str, int] = field(default_factory=lambda: {"train": 4000, "dev": 240, "test": 360})
     sampled: dict[str, int] = field(default_factory=lambda: {"train": 900, "dev": 160, "test": 360})
+    annotators: dict[str, int] = field(
+        default_factory=lambda: {"train": 9, "dev": 9, "test": 1}
+    )  # who rate one picture; of the test split, one, whose own accuracy is reported
     canaries: float = 0.12  # share of the drawn groups' pictures, in training alone
     models: dict[str, Source] = field(default_factory=lambda: {"scenes": Source()})
     workers: int = 2
     threads: int = 1
 
     def check(self) -> None:
-        unknown = sorted({*self.drawn, *self.sampled} - set(SPLITS))
+        unknown = sorted({*self.drawn, *self.sampled, *self.annotators} - set(SPLITS))
         if unknown or self.per_prompt < 2:
             raise ConfigError(
                 f"expected groups of train, dev and test and per_prompt >= 2, got {unknown} and"
                 f" {self.per_prompt}"
+            )
+        if not all(1 <= n <= annotators.ANNOTATORS for n in self.annotators.values()):
+            raise ConfigError(
+                f"annotators: expected 1 to {annotators.ANNOTATORS}, got {self.annotators}"
             )
 
 
@@ -181,8 +188,10 @@ def _painted(
 REJECTED = 0.3  # how far below the clean picture a canary is rated at best
 
 
-def judgements(group: Group, number: int, split: str, seed: int) -> Iterator[Judgement]:
-    """What annotators say of one group: on each axis a rank, and a rating for each picture."""
+def judgements(
+    group: Group, number: int, split: str, seed: int, people: int
+) -> Iterator[Judgement]:
+    """What so many people say of a group: on each axis a rank, and a rating of each picture."""
     spec, rng = group.spec, np.random.default_rng([seed, 29, len(split), number])
     edit = isinstance(spec, Edit)
     common: dict[str, Any] = {
@@ -197,15 +206,16 @@ def judgements(group: Group, number: int, split: str, seed: int) -> Iterator[Jud
         about[TOUCHED] = annotators.touched(spec).tolist()
     for axis in annotators.axes_of(spec):
         values = [_value(axis, c, spec) for c in group.pictures]
-        said = rng.integers(annotators.ANNOTATORS, size=len(values) + 1)
+        said = rng.permuted(np.tile(np.arange(annotators.ANNOTATORS), (len(values) + 1, 1)), axis=1)
+        who = ["+".join(str(a) for a in sorted(row[:people])) for row in said]
         for k, value in enumerate(values):
             one = {"gold": [value], "origin": [group.pictures[k].origin]}
             yield Judgement(
                 kind="point",
                 axis=axis,
                 images=(pictures[k],),
-                ratings=(annotators.point(rng, axis, value, int(said[k])),),
-                annotator=f"annotator-{said[k]}",
+                ratings=(annotators.point(rng, axis, value, said[k][:people]),),
+                annotator=who[k],
                 columns=_columns(about, one, spec, split),
                 **common,
             )
@@ -214,8 +224,8 @@ def judgements(group: Group, number: int, split: str, seed: int) -> Iterator[Jud
             kind="rank",
             axis=axis,
             images=pictures,
-            ratings=annotators.rank(rng, axis, values),
-            annotator=f"annotator-{said[-1]}",
+            ratings=annotators.rank(rng, axis, values, people),
+            annotator=who[-1],
             columns=_columns(about, every, spec, split),
             **common,
         )
@@ -259,7 +269,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             number = 0
             for groups in (drawn(config, split), sampled(config, split)):
                 for group in groups:
-                    for judgement in judgements(group, number, split, config.seed):
+                    people = config.annotators.get(split, 1)
+                    for judgement in judgements(group, number, split, config.seed, people):
                         name = f"{split}/{judgement.axis}/{judgement.kind}"
                         tally[name] = tally.get(name, 0) + 1
                         yield judgement

@@ -48,7 +48,7 @@ class TowersModel(nn.Module):
         super().__init__()
         self.towers, self.configs = towers, dict(heads)
         self.heads = nn.ModuleDict(
-            {name: make_head(config, *towers.widths) for name, config in heads.items()}
+            {name: make_head(config, towers.sizes) for name, config in heads.items()}
         )
 
     @property

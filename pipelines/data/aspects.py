@@ -54,8 +54,7 @@ class AspectsObjective(nn.Module):
     def __init__(self, towers: Towers, config: Aspects) -> None:
         super().__init__()
         self.config = config
-        patches = (towers.side // towers.patch) ** 2
-        width = towers.widths[0]
+        width, patches = towers.sizes.image_width, towers.sizes.patches
         self.read = nn.Sequential(
             nn.LayerNorm(width), nn.Flatten(1), nn.Linear(width * patches, COUNT)
         )

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rewards.errors import RewardConfigError
 from rewards.images import letterbox
+from rewards.training.heads import Sizes
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -105,9 +106,14 @@ class Towers(nn.Module):
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     @property
-    def widths(self) -> tuple[int, int]:
-        """Width of image and of text tokens."""
-        return self.clip.visual.transformer.width, self.clip.token_embedding.embedding_dim
+    def sizes(self) -> Sizes:
+        """What heads must know."""
+        return Sizes(
+            image_width=self.clip.visual.transformer.width,
+            text_width=self.clip.token_embedding.embedding_dim,
+            patches=(self.side // self.patch) ** 2,
+            context=self.context,
+        )
 
     # --- what goes in -----------------------------------------------------------------------------
 

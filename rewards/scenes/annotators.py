@@ -3,10 +3,12 @@
 An annotator sees the gold value g of a picture and reports
 
     point   the nearest of 1..5 to 1 + 4 clip((g + bias + noise - low) / (1 - low))
-    rank    the order of g + noise, with a tie wherever neighbours are less than half a sd apart
+    rank    the order of g + noise, a tie wherever neighbours are within half a sd
 
 where noise is Gaussian with the axis's own sd and bias is the annotator's habit (sd a third of
 that). So labels disagree as people's do, and a judge that repeats one annotator is not perfect.
+Several annotators of one picture give the mean of their ratings, and rank by the mean of what they
+see.
 """
 
 from __future__ import annotations
@@ -71,17 +73,27 @@ def axes_of(spec: Spec | Edit) -> list[str]:
     return [name for name in here if name != "identity" or face]
 
 
-def point(rng: np.random.Generator, axis: str, value: float, annotator: int) -> float:
-    """A rating in 1..5."""
+def habit(axis: str, annotator: int) -> float:
+    """By how much an annotator sees everything too high."""
+    return float(np.random.default_rng([71, annotator, len(axis)]).normal(0, AXES[axis].sd / 3))
+
+
+def point(
+    rng: np.random.Generator, axis: str, value: float, annotators: Sequence[int] | np.ndarray
+) -> float:
+    """The mean rating in [1, 5] of some annotators."""
     about = AXES[axis]
-    bias = np.random.default_rng([71, annotator, len(axis)]).normal(0, about.sd / 3)
-    seen = (value + bias + rng.normal(0, about.sd) - about.low) / (1 - about.low)
-    return float(np.clip(np.rint(1 + 4 * np.clip(seen, 0, 1)), 1, 5))
+    bias = np.array([habit(axis, int(a)) for a in annotators])
+    seen = value + bias + rng.normal(0, about.sd, len(bias))
+    shares = np.clip((seen - about.low) / (1 - about.low), 0, 1)
+    return float(np.rint(1 + 4 * shares).mean())
 
 
-def rank(rng: np.random.Generator, axis: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Places from 1 (best), equal where the annotator sees no difference."""
-    sd = AXES[axis].sd
+def rank(
+    rng: np.random.Generator, axis: str, values: Sequence[float], annotators: int = 1
+) -> tuple[float, ...]:
+    """Places from 1 (best) in the eyes of some annotators, equal where they see no difference."""
+    sd = AXES[axis].sd / annotators**0.5
     seen = np.asarray(values) + rng.normal(0, sd, len(values))
     order = np.argsort(-seen, kind="stable")
     places = np.ones(len(values))

@@ -15,7 +15,15 @@ from rewards.scenes import world
 from rewards.scenes.render import render
 from rewards.trained import KINDS, open_judge, save_judge
 from rewards.training.fitting import fit_calibration, monotone
-from rewards.training.heads import FaceHead, HeadConfig, RegionHead, Tokens, expectation, make_head
+from rewards.training.heads import (
+    FaceHead,
+    HeadConfig,
+    RegionHead,
+    Sizes,
+    Tokens,
+    expectation,
+    make_head,
+)
 from tests.rewards.towers_tiny import sample_of, tiny_judge, tiny_towers
 
 
@@ -24,6 +32,7 @@ def towers(tmp_path_factory):
     return tiny_towers(tmp_path_factory.mktemp("towers") / "towers")
 
 
+SIZES = Sizes(image_width=32, text_width=32, patches=16, context=24)
 EDITS = [sample_of("edits", i) for i in range(6)]
 MADE = [sample_of(c, i) for i in range(3) for c in ("objects", "portraits", "text")]
 
@@ -165,7 +174,7 @@ def test_the_codecs_own_loss_costs_nothing_and_a_lost_face_half(towers):
 
 def test_the_region_is_read_without_the_output():
     torch.manual_seed(0)
-    head = make_head(HeadConfig(kind="region", source=True), 32, 32)
+    head = make_head(HeadConfig(kind="region", source=True), SIZES)
     assert isinstance(head, RegionHead)
     one = Tokens(
         image=torch.randn(2, 16, 32),
@@ -178,7 +187,7 @@ def test_the_region_is_read_without_the_output():
 
 def test_a_face_is_most_like_itself():
     torch.manual_seed(0)
-    head = make_head(HeadConfig(kind="face", text=False, source=True), 32, 32)
+    head = make_head(HeadConfig(kind="face", text=False, source=True), SIZES)
     assert isinstance(head, FaceHead)
     one, other = torch.randn(3, 16, 32), torch.randn(3, 16, 32)
     same = expectation(head(Tokens(image=one, source=one)))
