@@ -51,6 +51,7 @@ class EvaluateConfig:
     data: str = ""
     axes: dict[str, str] = field(default_factory=dict)  # judge as written -> axis
     margin: float = 0.1
+    margins: dict[str, float] = field(default_factory=dict)  # of an axis, in place of `margin`
     most: int | None = None  # rows of an axis and split, in whole prompts
     probes: int = 64  # prompts whose clean picture is turned into canaries
     steady: int = 64  # pictures and pairs asked again in another order
@@ -74,10 +75,10 @@ class EvaluateConfig:
                 " judges"
             )
 
-    def settings(self) -> Settings:
-        """What the benchmark needs of it."""
+    def settings(self, axis: str) -> Settings:
+        """What the benchmark needs of it, for an axis."""
         return Settings(
-            margin=self.margin,
+            margin=self.margins.get(axis, self.margin),
             probes=self.probes,
             steady=self.steady,
             batch=self.batch,
@@ -189,7 +190,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sections = []
     for name, judge in judges.items():
         sides = data[axes[name]]
-        found = measure(judge, sides["dev"], sides["test"], config.settings(), axes[name])
+        found = measure(judge, sides["dev"], sides["test"], config.settings(axes[name]), axes[name])
         metrics |= {f"judge/{name}/{key}": value for key, value in found.metrics.items()}
         about[name] = {
             "axis": axes[name],
@@ -209,6 +210,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         judges=about,
         data=config.data,
         margin=config.margin,
+        margins=config.margins,
         canary_bar=CANARY_BAR,
         page=str(page),
         machine=machine(),
