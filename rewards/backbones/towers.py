@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,13 @@ def identifier(source: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of fresh towers; the default is that of the embedded judges."""
+    """Sizes of fresh towers; the default is that of the embedded judges. With a `trunk`, a
+    convolutional model of timm, the image tower is that up to its map number `stage`, counted from
+    0; else a vision transformer of `patch`, `width` and `layers`.
+    """
 
+    trunk: str = ""
+    stage: int = 1
     side: int = 64
     patch: int = 16
     width: int = 192
@@ -66,7 +71,7 @@ class Shape:
 
     def open_clip(self) -> dict[str, Any]:
         """open_clip's `model_cfg`. Text is read in both directions, and padding is not pooled."""
-        vision = {
+        vision: dict[str, Any] = {
             "image_size": self.side,
             "layers": self.layers,
             "width": self.width,
@@ -74,6 +79,9 @@ class Shape:
             "patch_size": self.patch,
             "mlp_ratio": 3.0,
         }
+        if self.trunk:
+            vision = {"image_size": self.side, "timm_model_name": self.trunk}
+            vision |= {"timm_pool": "avg", "timm_proj": "linear"}
         text = {
             "context_length": self.context,
             "vocab_size": self.words,
@@ -92,26 +100,30 @@ class Shape:
 class Towers(nn.Module):
     """`image_tokens` and `text_tokens` for heads; `embed` for scores by cosine."""
 
-    def __init__(self, clip: nn.Module, tokenizer: Any, source: str = "") -> None:
+    def __init__(
+        self, clip: nn.Module, tokenizer: Any, source: str = "", stage: int | None = None
+    ) -> None:
         super().__init__()
         self.clip: Any = clip
         self.tokenizer = tokenizer
-        self.source = source
+        self.source, self.stage = source, stage
         self.side = _first(self.clip.visual.image_size)
-        self.patch = _first(self.clip.visual.patch_size)
         self.context: int = tokenizer.context_length
         for part in ("mean", "std"):
             values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)
             self.register_buffer(part, values, persistent=False)
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        blank = np.zeros((3, self.side, self.side), np.uint8)
+        with torch.no_grad():
+            _, self._patches, self._image_width = self._image_tokens([blank]).shape
 
     @property
     def sizes(self) -> Sizes:
         """What heads must know."""
         return Sizes(
-            image_width=self.clip.visual.transformer.width,
+            image_width=self._image_width,
             text_width=self.clip.token_embedding.embedding_dim,
-            patches=(self.side // self.patch) ** 2,
+            patches=self._patches,
             context=self.context,
         )
 
@@ -155,7 +167,21 @@ class Towers(nn.Module):
         longest = max(1, int(used.sum(1).max()))
         return found["text_intermediates"][-1][:, :longest], used[:, :longest]
 
+    def unreached(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that no token depends on."""
+        out = ["clip.text_projection", "clip.visual.proj", "clip.logit_scale", "clip.visual.head"]
+        if self.stage is not None:
+            later = range(self.stage + 1, len(self.clip.visual.trunk.feature_info))
+            out += [f"clip.visual.trunk.stages.{k}." for k in later]
+            out += ["clip.visual.trunk.head", "clip.visual.trunk.norm_pre"]
+        return tuple(out)
+
     def _image_tokens(self, images: Sequence[Picture]) -> Tensor:
+        if self.stage is not None:
+            found = self.clip.visual.trunk.forward_intermediates(
+                self.pixels(images), indices=[self.stage], intermediates_only=True
+            )
+            return found[0].flatten(2).mT
         found = self.clip.visual.forward_intermediates(
             self.pixels(images),
             indices=1,
@@ -209,23 +235,36 @@ def open_towers(source: str, device: torch.device | str = "cpu") -> Towers:
     """
     name = identifier(source)
     clip = open_clip.create_model(name, precision="fp32", device=device)
-    for part, what in ((clip, "forward_intermediates"), (clip.visual, "transformer")):
-        if not hasattr(part, what):
+    stage = _stage_of(source)
+    image = clip.visual if stage is None else clip.visual.trunk  # type: ignore[union-attr]
+    for part in (clip, image):
+        if not hasattr(part, "forward_intermediates"):
             raise RewardConfigError(
-                f"towers: expected open_clip's own vision transformer, got {type(part).__name__}"
-                f" in '{source}': choose a ViT without timm"
+                f"towers: expected towers with tokens, got {type(part).__name__} in '{source}':"
+                " choose a ViT"
             )
     tokenizer = open_clip.get_tokenizer(name)
-    return Towers(clip, tokenizer, source).eval().to(device)
+    return Towers(clip, tokenizer, source, stage).eval().to(device)
 
 
-def new_towers(config: Mapping[str, Any], texts: Sequence[str], folder: Path) -> Towers:
-    """Fresh towers of a configuration (open_clip's `model_cfg`) with a byte-level BPE of `texts`,
-    written to `folder` and opened. Weights are drawn from torch's generator.
+def _stage_of(source: str) -> int | None:
+    """Which map of a convolutional trunk is read, as `new_towers` wrote it; None for others."""
+    path = Path(source.removeprefix("local-dir:")) / CONFIG
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("tokens_of_stage")
+
+
+def new_towers(shape: Shape, texts: Sequence[str], folder: Path) -> Towers:
+    """Fresh towers with a byte-level BPE of `texts`, written to `folder` and opened. Weights are
+    drawn from torch's generator.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(texts, config["text_cfg"]["vocab_size"], folder)
-    head = {"model_cfg": dict(config), "preprocess_cfg": STATISTICS}
+    config = shape.open_clip()
+    write_tokenizer(texts, shape.words, folder)
+    head: dict[str, Any] = {"model_cfg": config, "preprocess_cfg": STATISTICS}
+    if shape.trunk:
+        head["tokens_of_stage"] = shape.stage
     (folder / CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
     clip = open_clip.CLIP(**config)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / WEIGHTS)

@@ -19,8 +19,6 @@ from rewards.trained import KINDS, SHIPPED, TowersJudge, TowersModel, kind_of, s
 from rewards.training.heads import HeadConfig
 from rewards.types import JudgeCard, Sample
 
-UNREACHED = ("towers.clip.text_projection", "towers.clip.visual.proj", "towers.clip.logit_scale")
-
 
 @runtime_checkable
 class Family(Protocol):
@@ -95,7 +93,7 @@ class TowersFamily:
         elif (folder / CONFIG).is_file():
             opened = open_towers(str(folder), device)
         else:
-            opened = new_towers((shape or Shape()).open_clip(), texts, folder)
+            opened = new_towers(shape or Shape(), texts, folder)
         self.model = TowersModel(opened, heads_of(axes, heads)).to(device)
         opened.requires_grad_(full)
         self.heads = list(self.model.heads)
@@ -107,8 +105,9 @@ class TowersFamily:
 
     def learned(self) -> dict[str, nn.Parameter]:
         """All that requires a gradient and that some head reaches."""
+        idle = tuple(f"towers.{name}" for name in self.model.towers.unreached())
         named = self.model.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and not n.startswith(UNREACHED)}
+        return {n: p for n, p in named if p.requires_grad and not n.startswith(idle)}
 
     def train(self, on: bool) -> None:
         self.model.train(on)

@@ -32,7 +32,7 @@ class HeadConfig:
     text: bool = True
     source: bool = False
     image: bool = True
-    width: int = 96
+    width: int = 128
     depth: int = 2
     levels: int = 5
 
@@ -167,7 +167,7 @@ class FlatHead(nn.Module):
     one of all words, both of twice the width.
     """
 
-    PER_PATCH = 48  # numbers that a patch is brought to
+    PER_PATCH = 16  # numbers that a patch is brought to
 
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()

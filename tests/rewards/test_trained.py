@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.backbones.towers import open_towers, save_towers
+from rewards.backbones.towers import new_towers, open_towers, save_towers
 from rewards.consistency import closeness, gate, outside_rms
 from rewards.errors import RewardConfigError
 from rewards.judge import load_judge, run_judge
@@ -24,7 +24,7 @@ from rewards.training.heads import (
     expectation,
     make_head,
 )
-from tests.rewards.towers_tiny import sample_of, tiny_judge, tiny_towers
+from tests.rewards.towers_tiny import SHAPE, sample_of, tiny_judge, tiny_towers
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +219,20 @@ def test_calibration_maps_raw_values_to_mean_ratings_and_never_ties():
     assert all(a < b for a, b in zip(grid, grid[1:], strict=False))
     assert fit_calibration(raw[:5], rating[:5]).raw == ()
     assert fit_calibration(np.full(99, 0.5), rating[:99]).raw == ()
+
+
+def test_a_convolutional_trunk_gives_tokens_of_one_of_its_maps(tmp_path):
+    torch.manual_seed(0)
+    shape = replace(SHAPE, trunk="test_convnext2", stage=1)
+    made = new_towers(shape, ["a red ring on white"] * 4, tmp_path / "conv")
+    assert (made.sizes.patches, made.sizes.image_width) == (64, 64)
+    again = open_towers(str(tmp_path / "conv"))
+    pictures = [s.image for s in MADE[:3]]
+    with torch.no_grad():
+        assert torch.equal(made._image_tokens(pictures), again._image_tokens(pictures))
+    made.requires_grad_(True)
+    made._image_tokens(pictures).sum().backward()
+    idle = {n for n, p in made.named_parameters() if p.grad is None and "visual" in n}
+    assert idle == {
+        n for n, _ in made.named_parameters() if n.startswith(made.unreached()) and "visual" in n
+    }

@@ -19,7 +19,7 @@ SHAPE = Shape(width=32, layers=1, text_width=32, text_layers=1, context=24, word
 def tiny_towers(folder: Path) -> Towers:
     torch.manual_seed(3)
     texts = [world.terse(world.draw(c, i)) for c in ("objects", "text", "edits") for i in range(40)]
-    return new_towers(SHAPE.open_clip(), texts, folder)
+    return new_towers(SHAPE, texts, folder)
 
 
 def tiny_judge(towers: Towers, axis: str, **settings: float) -> TowersJudge:
