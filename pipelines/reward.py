@@ -128,13 +128,12 @@ class Groups:
     def batch(self, step: int, size: int, seed: int) -> list[list[Judgement]]:
         """The prompts of a step, counted from 1: epochs in an order of their own."""
         size = min(size, len(self))
-        first = (step - 1) * size
-        out = []
-        for i in range(first, first + size):
-            epoch, place = divmod(i, len(self))
-            order = np.random.default_rng([seed, 41, epoch]).permutation(len(self))
-            out.append(self[int(order[place])])
-        return out
+        places = [divmod(i, len(self)) for i in range((step - 1) * size, step * size)]
+        orders = {
+            epoch: np.random.default_rng([seed, 41, epoch]).permutation(len(self))
+            for epoch in {epoch for epoch, _ in places}
+        }
+        return [self[int(orders[epoch][place])] for epoch, place in places]
 
 
 def no_leak(train: Groups, dev: Groups) -> None:
@@ -147,13 +146,11 @@ def no_leak(train: Groups, dev: Groups) -> None:
         )
 
 
-def open_family(config: TrainConfig, home: Run) -> Family:
+def open_family(config: TrainConfig, groups: Groups, home: Run) -> Family:
     """What is trained, with its weights where a run starts."""
     if config.family == "vlm":
         return VlmFamily(config.judges[0], config.vlm, config.device)
-    texts = (
-        () if config.towers else sorted(set(JudgementTable(config.data, "train").column("prompt")))
-    )
+    texts = () if config.towers else sorted(set(groups.table.column("prompt")))
     return TowersFamily(
         config.judges,
         config.towers,
@@ -190,7 +187,7 @@ def _train(
     config: TrainConfig, groups: Groups, dev: Groups, home: Run, ranks: Ranks
 ) -> dict[str, Any]:
     began = time.monotonic()
-    family = open_family(config, home)
+    family = open_family(config, groups, home)
     objective = Objective(family.heads, config.loss)
     learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
     form = None

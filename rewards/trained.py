@@ -23,11 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rewards.backbones.limits import DOWNSCALED, TRUNCATED
 from rewards.backbones.towers import Towers, open_towers
 from rewards.errors import RewardConfigError
 from rewards.judge import Judge
-from rewards.training.heads import HeadConfig, Tokens, expectation, make_head
-from rewards.types import Calibration, JudgeCard, Sample, Score
+from rewards.training.heads import HeadConfig, Tokens, make_head
+from rewards.training.losses import expectation
+from rewards.types import Calibration, JudgeCard, Sample, Score, card_of
 
 SHIPPED = Path(__file__).parent / "assets" / "judges"
 CARD, HEADS = "card.json", "heads.safetensors"
@@ -160,9 +162,9 @@ class TowersJudge:
         """What was cut or scaled down before the model saw it."""
         towers, found = self.model.towers, []
         if self.model.reads and towers.truncated(sample.prompt):
-            found.append("truncated")
+            found.append(TRUNCATED)
         if max(sample.image.shape[1:]) > towers.side:
-            found.append("downscaled")
+            found.append(DOWNSCALED)
         return tuple(found)
 
     def fresh(self, seed: int = 0) -> TowersJudge:
@@ -212,15 +214,6 @@ def read_card(folder: Path) -> dict[str, Any]:
             f" {error}: train one with `rlhf reward train`"
         ) from error
     return about
-
-
-def card_of(stored: Mapping[str, Any]) -> JudgeCard:
-    """A JudgeCard from its JSON form."""
-    fields = dict(stored)
-    map_of = fields.pop("calibration", {})
-    lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
-    calibration = Calibration(**{k: tuple(v) for k, v in map_of.items()})
-    return JudgeCard(**{**fields, **lists}, calibration=calibration)
 
 
 def save_judge(

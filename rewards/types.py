@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -139,6 +139,15 @@ class JudgeCard:
     def covers(self, category: str) -> bool:
         """Whether the judge is made for a prompt category."""
         return "*" in self.categories or category in self.categories
+
+
+def card_of(stored: Mapping[str, Any]) -> JudgeCard:
+    """A JudgeCard from its JSON form."""
+    fields = dict(stored)
+    map_of = fields.pop("calibration", {})
+    lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    calibration = Calibration(**{k: tuple(v) for k, v in map_of.items()})
+    return JudgeCard(**{**fields, **lists}, calibration=calibration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

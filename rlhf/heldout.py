@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from rewards.benchmark.ranking import ranks
 from rewards.scenes import oracle, world
 from rewards.scenes.render import render
 from rewards.scenes.specs import Edit, Spec
@@ -154,13 +155,6 @@ def chance(task: Task, pictures: Pictures, shifts: int = 8) -> Metrics:
     rolled = [task.specs[k:] + task.specs[:k] for k in taken]
     strict = [verdicts(specs, pictures)[""].strict_PG for specs in rolled]
     return {f"chance/{task.name}/strict": estimate(np.concatenate(strict, axis=1))}
-
-
-def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Ranks from 0, ties at their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[inverse]
 
 
 def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float | None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.benchmark import ranking
 from rewards.types import JudgeCard, Score, Scores
 from rlhf.errors import ConfigError
 
@@ -136,8 +137,7 @@ def sign(card: JudgeCard) -> float:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """0 .. n-1, the mean rank for equal values."""
-    above = values[:, None] - values[None]
-    return (above > 0).sum(axis=1) + ((above == 0).sum(axis=1) - 1) / 2
+    return ranking.ranks(np.asarray(values, np.float64)) - 1
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -22,6 +22,7 @@ from rewards.backbones.limits import DOWNSCALED, TRUNCATED
 from rewards.errors import JudgeError, RewardConfigError
 from rewards.images import to_pil
 from rewards.rubric import Rubric
+from rewards.training.losses import expectation
 from rewards.types import Calibration, JudgeCard, Sample, Score, failed, not_applicable
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -80,12 +81,6 @@ class VlmInputs:
 
     tensors: dict[str, Tensor]
     flags: tuple[tuple[str, ...], ...]
-
-
-def expectation(logits: Float[Tensor, "b l"]) -> Float[Tensor, " b"]:
-    """E = sum_l l softmax(logits)_l in [1, L], in float32."""
-    levels = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=torch.float32)
-    return logits.float().softmax(-1) @ levels
 
 
 def pair_logit(first: Float[Tensor, "b l"], second: Float[Tensor, "b l"]) -> Float[Tensor, " b"]:

@@ -11,14 +11,13 @@ import shutil
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rewards.backbones.vlm import VlmJudge, VlmRewardModel, VlmSettings, add_lora
 from rewards.errors import RewardConfigError
 from rewards.rubric import Rubric
-from rewards.types import Calibration, JudgeCard
+from rewards.types import JudgeCard, card_of
 
 FAMILY, CARD, ADAPTER = "vlm", "card.json", "adapter.safetensors"
 
@@ -95,13 +94,6 @@ def save(model: VlmRewardModel, folder: Path, *, base: str, card: JudgeCard, rea
         raise
 
 
-def _card(fields: dict[str, Any]) -> JudgeCard:
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    knots = {k: tuple(v) for k, v in fields.get("calibration", {}).items()}
-    known["calibration"] = Calibration(**knots)
-    return JudgeCard(**known)
-
-
 def _facts(folder: Path) -> tuple[str, VlmSettings, dict[str, int] | None, JudgeCard]:
     try:
         facts = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -113,7 +105,7 @@ def _facts(folder: Path) -> tuple[str, VlmSettings, dict[str, int] | None, Judge
             facts["base"],
             VlmSettings(rubric=rubric, **settings),
             facts["lora"],
-            _card(facts["card"]),
+            card_of(facts["card"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RewardConfigError(

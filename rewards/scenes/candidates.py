@@ -7,15 +7,15 @@ pixels what models, codecs and over-eager optimisers do. Both are functions of t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
+from rewards import probes
 from rewards.images import from_pil, to_pil
 from rewards.scenes.render import render
 from rewards.scenes.specs import (
@@ -121,8 +121,7 @@ def _bytes(values: np.ndarray) -> Picture:
 
 
 def blur(rng: Rng, picture: Picture) -> Picture:
-    radius = float(rng.uniform(0.4, 2.2))
-    return from_pil(to_pil(picture).filter(ImageFilter.GaussianBlur(radius)))
+    return probes.blur(picture, float(rng.uniform(0.4, 2.2)))
 
 
 def noise(rng: Rng, picture: Picture) -> Picture:
@@ -147,9 +146,7 @@ def tint(rng: Rng, picture: Picture) -> Picture:
 
 
 def jpeg(rng: Rng, picture: Picture) -> Picture:
-    buffer = io.BytesIO()
-    to_pil(picture).save(buffer, format="JPEG", quality=int(rng.integers(8, 70)))
-    return from_pil(Image.open(buffer))
+    return probes.jpeg(picture, int(rng.integers(8, 70)))
 
 
 def coarsen(rng: Rng, picture: Picture) -> Picture:

@@ -73,12 +73,6 @@ class Tokens:
         return Tokens(image=image, source=source, text=text, words=words)
 
 
-def expectation(logits: Float[Tensor, "*b l"]) -> Float[Tensor, "*b"]:
-    """E = sum_l l softmax(logits)_l in [1, L], in fp32."""
-    levels = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=torch.float32)
-    return logits.float().softmax(-1) @ levels
-
-
 class Attention(nn.Module):
     """Queries look at a memory, with heads of 32; written out, which is faster than the fused
     kernel for short sequences on a CPU.

@@ -33,10 +33,10 @@ def prompt_weights(groups: Sequence[str]) -> Float[Tensor, " b"]:
     return weight * (len(groups) / len(rows)) if groups else weight
 
 
-def expectation(logits: Float[Tensor, "b levels"]) -> Float[Tensor, " b"]:
-    """sum_l l p_l over levels 1..L, in [1, L]."""
-    levels = torch.arange(1, logits.shape[1] + 1, device=logits.device)
-    return (_wide(logits).softmax(dim=1) * levels).sum(dim=1)
+def expectation(logits: Float[Tensor, "*b levels"]) -> Float[Tensor, "*b"]:
+    """E = sum_l l softmax(logits)_l over levels 1..L, in [1, L]."""
+    levels = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+    return (_wide(logits).softmax(dim=-1) * levels).sum(dim=-1)
 
 
 def mse_expectation(

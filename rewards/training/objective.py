@@ -18,7 +18,7 @@ from rewards.errors import RewardConfigError
 from rewards.training import losses
 from rewards.training.collate import LabelledBatch, Labels
 from rewards.training.families import Family
-from rewards.training.heads import expectation
+from rewards.training.losses import expectation
 
 REGION = "region"
 

@@ -21,9 +21,9 @@ from rewards.training.heads import (
     RegionHead,
     Sizes,
     Tokens,
-    expectation,
     make_head,
 )
+from rewards.training.losses import expectation
 from tests.rewards.towers_tiny import SHAPE, sample_of, tiny_judge, tiny_towers
 
 
