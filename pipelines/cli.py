@@ -121,6 +121,13 @@ PROGRAMS = (
         module="reward_collect",
     ),
     Program(
+        "reward towers",
+        "teach small image and text towers to see the scenes world",
+        ("rlhf reward towers --config reward/towers", "rlhf reward towers --resume runs/towers"),
+        resumable=True,
+        module="reward_towers",
+    ),
+    Program(
         "reward train",
         "train reward models on judgements",
         (

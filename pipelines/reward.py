@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.aspects import Aspects, AspectsObjective
-from rewards.backbones.towers import Shape
 from rewards.benchmark.calibration import fit_temperature
 from rewards.errors import DataError
 from rewards.judge import Judge
@@ -31,6 +29,7 @@ from rewards.training.collate import collate
 from rewards.training.families import (
     Family,
     TowersFamily,
+    TowersTrained,
     VlmConfig,
     VlmFamily,
     heads_of,
@@ -53,8 +52,7 @@ from rlhf.training import train as train_loop
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """`judges`: which are trained, each on the rows of its axis. `towers`: what they stand on, a
-    folder or hub id, "scenes" for those that ship, or "" for fresh ones of the shape `new`.
-    `trained`: all of the towers, low-rank changes of them, or the heads alone. `batch`: prompts per
+    folder or hub id, or "scenes" for those that ship; `trained`: what of them. `batch`: prompts per
     step, with all of their judgements.
     """
 
@@ -67,13 +65,12 @@ class TrainConfig:
     judges: tuple[str, ...] = ("fidelity",)
     family: Literal["towers", "vlm"] = "towers"
     towers: str = "scenes"
-    trained: Literal["full", "heads"] = "heads"
-    new: Shape = field(default_factory=Shape)
+    trained: TowersTrained = "heads"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the towers and heads that are written
     vlm: VlmConfig = field(default_factory=VlmConfig)
     floor: float = 4.2  # rms in grey levels of the autoencoder's round trip, for consistency
     heads: dict[str, HeadConfig] = field(default_factory=dict)  # in place of a judge's own
     loss: RewardLoss = field(default_factory=RewardLoss)
-    aspects: Aspects = field(default_factory=Aspects)
     batch: int = 16
     held: int = 200  # prompts of the dev split that curves and calibration are read on
     pace: Pace = field(default_factory=lambda: Pace(steps=500, save_every=250))
@@ -88,15 +85,12 @@ class TrainConfig:
             raise ConfigError(
                 f"batch and held: expected at least 1, got {self.batch} and {self.held}"
             )
-        if self.family == "vlm" and (len(self.judges) > 1 or self.aspects.batch):
+        if self.family == "vlm" and len(self.judges) > 1:
+            raise ConfigError(f"family vlm: expected one judge a run, got {list(self.judges)}")
+        if self.family == "towers" and not self.towers:
             raise ConfigError(
-                "family vlm: expected one judge a run and aspects.batch=0, got"
-                f" {list(self.judges)} and {self.aspects.batch}"
-            )
-        if not self.towers and self.trained != "full":
-            raise ConfigError(
-                f"trained={self.trained}: fresh towers know nothing: write trained=full, or name"
-                " trained towers"
+                "towers: expected a folder or hub id, got nothing: make small ones with"
+                " `rlhf reward towers`, or write towers=scenes"
             )
 
 
@@ -146,19 +140,15 @@ def no_leak(train: Groups, dev: Groups) -> None:
         )
 
 
-def open_family(config: TrainConfig, groups: Groups, home: Run) -> Family:
+def open_family(config: TrainConfig) -> Family:
     """What is trained, with its weights where a run starts."""
     if config.family == "vlm":
         return VlmFamily(config.judges[0], config.vlm, config.device)
-    texts = () if config.towers else sorted(set(groups.table.column("prompt")))
     return TowersFamily(
         config.judges,
         config.towers,
-        home.root / "towers",
-        full=config.trained == "full",
+        trained=config.trained,
         heads=config.heads,
-        shape=config.new,
-        texts=texts,
         floor=config.floor,
         device=config.device,
     )
@@ -187,25 +177,13 @@ def _train(
     config: TrainConfig, groups: Groups, dev: Groups, home: Run, ranks: Ranks
 ) -> dict[str, Any]:
     began = time.monotonic()
-    family = open_family(config, groups, home)
+    family = open_family(config)
     objective = Objective(family.heads, config.loss)
     learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
-    form = None
-    if config.aspects.batch and isinstance(family, TowersFamily):
-        form = AspectsObjective(family.model.towers, config.aspects)
-        learned |= {f"aspects.{n}": p for n, p in form.named_parameters()}
     held = [row for i in range(min(config.held, len(dev))) for row in dev[i]]
 
-    def loss_of(batch: tuple[int, list[list[Judgement]]]) -> tuple[Tensor, Mapping[str, float]]:
-        step, prompts = batch
-        loss, metrics = torch.zeros(()), {}
-        if step > config.aspects.steps:
-            rows = [row for group in prompts for row in group]
-            loss, metrics = objective(family, collate(rows))
-        if form is not None:
-            found = form(step, config.seed)
-            loss, metrics["loss/aspects"] = loss + found, float(found.detach())
-        return loss, metrics
+    def loss_of(prompts: list[list[Judgement]]) -> tuple[Tensor, Mapping[str, float]]:
+        return objective(family, collate([row for group in prompts for row in group]))
 
     def preview(step: int, average: Average | None) -> dict[str, float]:
         family.train(False)
@@ -218,17 +196,19 @@ def _train(
     average = train_loop(
         home,
         Learner(learned, config.learner, ranks),
-        lambda step: (step, groups.batch(step, config.batch, config.seed)),
+        lambda step: groups.batch(step, config.batch, config.seed),
         loss_of,
         config.pace,
         preview=preview,
-        split=lambda batch, parts: [(batch[0], batch[1][i::parts]) for i in range(parts)],
+        split=lambda batch, parts: [batch[i::parts] for i in range(parts)],
     )
     if not ranks.is_first:
         return {}
     if average is not None:
         average.copy_to(learned)
     family.train(False)
+    if isinstance(family, TowersFamily):
+        family.round(getattr(torch, config.dtype))
     judges = {axis: calibrated(judge, held) for axis, judge in family.judges().items()}
     figures = {name: {"value": value} for name, value in agreement(judges, held).items()}
     write(config, family, judges, figures, home)
@@ -340,7 +320,7 @@ def calibrated(judge: Any, held: Sequence[Judgement]) -> Any:
 def plan_train(config: TrainConfig) -> str:
     """What is trained on how much."""
     seen = config.batch * config.pace.steps
-    what = config.vlm.base if config.family == "vlm" else config.towers or "fresh towers"
+    what = config.vlm.base if config.family == "vlm" else f"towers '{config.towers}'"
     return (
         f"{', '.join(config.judges)} on {what}; {config.pace.steps} steps of {config.batch} prompts"
         f" = {seen} prompts' judgements from '{config.data}'"

@@ -63,8 +63,8 @@ class Consistency(TowersJudge):
     AXIS = "consistency"
     HEADS = {
         "instruction": HeadConfig(text=True, source=True),
-        "region": HeadConfig(kind="region", text=True, source=True),
-        "identity": HeadConfig(kind="face", text=False, source=True),
+        "region": HeadConfig(kind="region", text=True, source=True, width=96),
+        "identity": HeadConfig(kind="face", text=False, source=True, width=96),
         "face": HeadConfig(text=False, source=True, image=False, levels=2, width=32, depth=1),
     }
     CATEGORIES = ("edit", "edits")

@@ -72,7 +72,7 @@ class TowersModel(nn.Module):
         if source:
             pictures += [s.sources[0] for s in samples]
         unique, where = _unique(pictures, [p.tobytes() for p in pictures])
-        found = self.towers.image_tokens(unique)[where]
+        found, pooled = (part[where] for part in self.towers.see(unique))
         texts = words = None
         if text:
             prompts, which = _unique([s.prompt for s in samples], [s.prompt for s in samples])
@@ -80,7 +80,9 @@ class TowersModel(nn.Module):
         count = len(samples)
         return Tokens(
             image=found[:count],
+            pooled=pooled[:count],
             source=found[count:] if source else None,
+            pooled_source=pooled[count:] if source else None,
             text=texts,
             words=words,
         )

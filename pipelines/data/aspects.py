@@ -1,14 +1,13 @@
-"""A side task that teaches an image tower to see: it predicts the long form that annotators of the
-scenes world fill in about a picture (`rewards.scenes.aspects`), off all of its patches.
+"""What teaches a fresh image tower to see: it predicts the long form that annotators of the scenes
+world fill in about a picture (`rewards.scenes.aspects`), off its pooled features.
 
 A rating is one number about a picture, and a fresh tower learns little from it for a long time; a
-form is dozens. At scale towers come trained, and this is off.
+form is dozens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from rewards.backbones.towers import Towers
 from rewards.scenes import candidates, world
-from rewards.scenes.aspects import COUNT, aspects
-from rlhf.errors import ConfigError
+from rewards.scenes.aspects import COUNT, SIZES, aspects
 
 SHARES: Mapping[str, float] = {
     "objects/1": 0.12,
@@ -26,60 +24,56 @@ SHARES: Mapping[str, float] = {
     "portraits": 0.2,
     "text": 0.2,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Aspects:
-    """For the first `steps`, forms about `batch` pictures a step are all that is learnt; after that
-    about `after`. `noise` is the sd of the annotators' values.
-    """
-
-    batch: int = 0
-    steps: int = 0
-    after: int = 0
-    noise: float = 0.05
-    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
-
-    def check(self) -> None:
-        if min(self.batch, self.steps, self.after) < 0 or bool(self.steps) != bool(self.batch):
-            raise ConfigError(
-                f"aspects: expected a batch and steps above 0, or neither, got {self.batch} and"
-                f" {self.steps}"
-            )
+SAMPLE = 2000  # pictures off which the spread of each value is read
 
 
 class AspectsObjective(nn.Module):
-    """Mean squared error over the values that were asked, by one linear map of all patches."""
+    """Mean squared error of one linear map of the pooled features, in standard deviations of each
+    value; those of taste, which are few, count `taste` times. `noise`: sd of what annotators write.
+    """
 
-    def __init__(self, towers: Towers, config: Aspects) -> None:
+    def __init__(
+        self, towers: Towers, seed: int, *, noise: float = 0.05, taste: float = 4.0
+    ) -> None:
         super().__init__()
-        self.config = config
-        width, patches = towers.sizes.image_width, towers.sizes.patches
-        self.read = nn.Sequential(
-            nn.LayerNorm(width), nn.Flatten(1), nn.Linear(width * patches, COUNT)
-        )
+        self.seed, self.noise = seed, noise
+        self.read = nn.Linear(towers.sizes.pooled_width, COUNT)
         self._towers = [towers]  # in a list: its parameters are not this module's
+        _, values, asked = self.forms(0, SAMPLE, "train")
+        known = np.ma.masked_array(values, ~asked)
+        self.mean = torch.from_numpy(known.mean(0).filled(0.0)).float()
+        self.sd = torch.from_numpy(known.std(0).filled(1.0)).float().clamp_min(2 * noise)
+        self.weight = torch.ones(COUNT)
+        self.weight[-SIZES["taste"] :] = taste
 
-    def forward(self, step: int, seed: int) -> Tensor:
-        count = self.config.batch if step <= self.config.steps else self.config.after
-        if not count:
-            return torch.zeros(())
-        pictures, categories = self._draw(step, seed, count)
-        values, asked = aspects(np.stack(pictures), categories)
-        rng = np.random.default_rng([seed, 59, step])
-        noisy = values + rng.normal(0, self.config.noise, values.shape).astype(np.float32)
-        there = torch.from_numpy(asked).float()
-        found = self.read(self._towers[0].image_tokens(pictures)).float()
-        return ((found - torch.from_numpy(noisy)).square() * there).sum() / there.sum()
-
-    def _draw(self, step: int, seed: int, count: int) -> tuple[list[np.ndarray], list[str]]:
-        rng = np.random.default_rng([seed, 53, step])
-        names, shares = list(self.config.shares), np.array(list(self.config.shares.values()))
+    def forms(
+        self, step: int, count: int, split: world.Split
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Pictures of a step, what the oracle measures in them, and which of it was asked."""
+        rng = np.random.default_rng([self.seed, 53, step])
+        names, shares = list(SHARES), np.array(list(SHARES.values()))
         pictures, categories = [], []
         for i, k in enumerate(rng.choice(len(names), size=count, p=shares / shares.sum())):
             category, _, level = names[k].partition("/")
-            number = 30_000_000 + step * 1000 + i
-            spec = world.draw(category, number, split="train", level=int(level or 1))  # type: ignore[arg-type]
+            number = 30_000_000 + step * 10_000 + i
+            spec = world.draw(category, number, split=split, level=int(level or 1))  # type: ignore[arg-type]
             pictures.append(candidates.candidates(rng, spec, 1)[0].picture)
             categories.append(category)
-        return pictures, categories
+        return pictures, *aspects(np.stack(pictures), categories)
+
+    def predict(self, pictures: list[np.ndarray]) -> Tensor:
+        """Forms (B, COUNT) in standard deviations off the mean."""
+        return self.read(self._towers[0].see(pictures)[1]).float()
+
+    def standard(self, values: np.ndarray) -> Tensor:
+        """Values of forms in standard deviations off the mean."""
+        return (torch.from_numpy(values).float() - self.mean) / self.sd
+
+    def forward(self, step: int, count: int) -> Tensor:
+        """Of `count` pictures drawn for a step."""
+        pictures, values, asked = self.forms(step, count, "train")
+        rng = np.random.default_rng([self.seed, 59, step])
+        values = values + rng.normal(0, self.noise, values.shape)
+        weight = torch.from_numpy(asked).float() * self.weight
+        error = (self.predict(pictures) - self.standard(values)).square()
+        return (error * weight).sum() / weight.sum()

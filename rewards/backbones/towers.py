@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from rewards.backbones import trunk as _small_resnet  # noqa: F401  (registers it in timm)
 from rewards.errors import RewardConfigError
 from rewards.images import letterbox
 from rewards.training.heads import Sizes
@@ -33,7 +34,7 @@ from rewards.training.heads import Sizes
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-KEPT = 2048  # pictures or prompts whose tokens are remembered
+KEPT = 2048  # pictures whose tokens are remembered
 Picture = UInt8[np.ndarray, "3 _ _"]
 
 
@@ -53,13 +54,14 @@ def identifier(source: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of fresh towers; the default is that of the embedded judges. With a `trunk`, a
-    convolutional model of timm, the image tower is that up to its map number `stage`, counted from
-    0; else a vision transformer of `patch`, `width` and `layers`.
+    """Sizes of fresh towers; the default is that of the embedded judges. The image tower is a
+    convolutional model of timm whose map number `stage`, counted from 0, gives the tokens; or, with
+    trunk="", a vision transformer of `patch`, `width` and `layers`.
     """
 
-    trunk: str = ""
-    stage: int = 1
+    trunk: str = "small_resnet"
+    stage: int = 2
+    embed: int = 192
     side: int = 64
     patch: int = 16
     width: int = 192
@@ -81,7 +83,8 @@ class Shape:
         }
         if self.trunk:
             vision = {"image_size": self.side, "timm_model_name": self.trunk}
-            vision |= {"timm_pool": "avg", "timm_proj": "linear"}
+            own = self.trunk == "small_resnet"  # whose own head pools and projects
+            vision |= {"timm_pool": "" if own else "avg", "timm_proj": "" if own else "linear"}
         text = {
             "context_length": self.context,
             "vocab_size": self.words,
@@ -94,11 +97,11 @@ class Shape:
             "eos_id": 1,
             "no_causal_mask": True,
         }
-        return {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}
+        return {"embed_dim": self.embed, "vision_cfg": vision, "text_cfg": text}
 
 
 class Towers(nn.Module):
-    """`image_tokens` and `text_tokens` for heads; `embed` for scores by cosine."""
+    """`see` and `text_tokens` for heads; `embed` for scores by cosine."""
 
     def __init__(
         self, clip: nn.Module, tokenizer: Any, source: str = "", stage: int | None = None
@@ -112,18 +115,19 @@ class Towers(nn.Module):
         for part in ("mean", "std"):
             values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)
             self.register_buffer(part, values, persistent=False)
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         blank = np.zeros((3, self.side, self.side), np.uint8)
         with torch.no_grad():
-            _, self._patches, self._image_width = self._image_tokens([blank]).shape
+            tokens, pooled = self._see([blank])
+        self._widths = tokens.shape[-1], pooled.shape[-1]
 
     @property
     def sizes(self) -> Sizes:
         """What heads must know."""
         return Sizes(
-            image_width=self._image_width,
+            image_width=self._widths[0],
+            pooled_width=self._widths[1],
             text_width=self.clip.token_embedding.embedding_dim,
-            patches=self._patches,
             context=self.context,
         )
 
@@ -148,9 +152,24 @@ class Towers(nn.Module):
 
     # --- what comes out ---------------------------------------------------------------------------
 
-    def image_tokens(self, images: Sequence[Picture]) -> Float[Tensor, "b n d"]:
-        """The image tower's last tokens, in reading order."""
-        return self._remember("image", images, _key_of_image, self._image_tokens)
+    def see(self, images: Sequence[Picture]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b f"]]:
+        """The image tower's last tokens, in reading order, and its pooled features, which are what
+        `embed` scales to length 1.
+        """
+        if torch.is_grad_enabled() or self.training:
+            return self._see(images)
+        keys = [_key_of_image(image) for image in images]
+        new = {k: image for k, image in zip(keys, images, strict=True) if k not in self._kept}
+        if new:
+            self._kept.update(
+                zip(new, zip(*self._see(list(new.values())), strict=True), strict=True)
+            )
+        found = [self._kept[key] for key in keys]
+        for key in keys:
+            self._kept.move_to_end(key)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
 
     def text_tokens(
         self, texts: Sequence[str]
@@ -168,27 +187,18 @@ class Towers(nn.Module):
         return found["text_intermediates"][-1][:, :longest], used[:, :longest]
 
     def unreached(self) -> tuple[str, ...]:
-        """Prefixes of the parameters that no token depends on."""
-        out = ["clip.text_projection", "clip.visual.proj", "clip.logit_scale", "clip.visual.head"]
-        if self.stage is not None:
-            later = range(self.stage + 1, len(self.clip.visual.trunk.feature_info))
-            out += [f"clip.visual.trunk.stages.{k}." for k in later]
-            out += ["clip.visual.trunk.head", "clip.visual.trunk.norm_pre"]
-        return tuple(out)
+        """Prefixes of the parameters that no head depends on."""
+        return "clip.text_projection", "clip.logit_scale"
 
-    def _image_tokens(self, images: Sequence[Picture]) -> Tensor:
+    def _see(self, images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+        visual, pixels = self.clip.visual, self.pixels(images)
         if self.stage is not None:
-            found = self.clip.visual.trunk.forward_intermediates(
-                self.pixels(images), indices=[self.stage], intermediates_only=True
-            )
-            return found[0].flatten(2).mT
-        found = self.clip.visual.forward_intermediates(
-            self.pixels(images),
-            indices=1,
-            output_fmt="NLC",
-            normalize_intermediates=True,
+            last, maps = visual.trunk.forward_intermediates(pixels, indices=[self.stage])
+            return maps[0].flatten(2).mT, visual.head(visual.trunk.forward_head(last))
+        found = visual.forward_intermediates(
+            pixels, indices=1, output_fmt="NLC", normalize_intermediates=True
         )
-        return found["image_intermediates"][-1]
+        return found["image_intermediates"][-1], found["image_features"]
 
     @torch.no_grad()
     def embed(self, images: Sequence[Picture], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -196,20 +206,11 @@ class Towers(nn.Module):
         pictures = self.clip.encode_image(self.pixels(images), normalize=True)
         return pictures, self.clip.encode_text(self.tokenizer(list(texts)), normalize=True)
 
-    def _remember(self, kind: str, items: Sequence[Any], key_of: Any, compute: Any) -> Tensor:
-        if torch.is_grad_enabled() or self.training:
-            return compute(items)
-        keys = [(kind, key_of(item)) for item in items]
-        new = {k: item for k, item in zip(keys, items, strict=True) if k not in self._kept}
-        if new:
-            for key, tokens in zip(new, compute(list(new.values())), strict=True):
-                self._kept[key] = tokens
-        found = torch.stack([self._kept[key] for key in keys])
-        for key in keys:
-            self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return found
+    def train(self, mode: bool = True) -> Towers:
+        """As any module's; at a change, drops what is remembered: weights changed or will."""
+        if mode != self.training:
+            self.forget()
+        return super().train(mode)
 
     def forget(self) -> None:
         """Drop what is remembered; call it after weights changed."""

@@ -18,8 +18,8 @@ from rewards.scenes._pixels import Pixels, along, closeness, distances, table, t
 from rewards.scenes.render import FACE
 from rewards.scenes.specs import BACKGROUNDS, COLOURS, HAIRS, SKINS
 
-_SIZES = {"objects": 68, "portraits": 20, "text": 59, "taste": 5}
-COUNT = sum(_SIZES.values())
+SIZES = {"objects": 68, "portraits": 20, "text": 59, "taste": 5}
+COUNT = sum(SIZES.values())
 
 
 def _objects_form(pixels: Pixels) -> np.ndarray:
@@ -75,7 +75,7 @@ def aspects(
     values = np.zeros((len(images), COUNT), np.float32)
     asked = np.zeros((len(images), COUNT), bool)
     start = 0
-    for name, size in _SIZES.items():
+    for name, size in SIZES.items():
         rows = [i for i, c in enumerate(categories) if name in (c, "taste")]
         if rows and name in _FORMS:
             values[rows, start : start + size] = _FORMS[name](pixels[rows])

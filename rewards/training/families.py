@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rewards.backbones.towers import CONFIG, Shape, new_towers, open_towers, save_towers
+from rewards.backbones.towers import open_towers, save_towers
 from rewards.errors import RewardConfigError
 from rewards.judge import Judge
 from rewards.trained import KINDS, SHIPPED, TowersJudge, TowersModel, kind_of, save_judge
@@ -52,6 +52,11 @@ def raw_of(judge: Judge, samples: Sequence[Sample]) -> list[float | None]:
     return [None if s.value is None else s.parts["raw"] for s in scores]
 
 
+TowersTrained = Literal["full", "locked", "heads"]
+"""What is trained beside the heads: both towers; the text tower alone, the image tower locked as in
+LiT (arXiv:2111.07991); or neither.
+"""
+
 # --- towers --------------------------------------------------------------------------------------
 
 
@@ -69,33 +74,26 @@ def heads_of(
 class TowersFamily:
     """Judges with heads on two towers, which they share.
 
-    `towers`: a folder or hub id, "scenes" for those that ship, "" for fresh ones of `shape`, which
-    go to `folder` (and are found there again). `full` trains them too.
+    `towers`: a folder or hub id, "scenes" for those that ship. `trained`: see `TowersTrained`.
     """
 
     def __init__(
         self,
         axes: Sequence[str],
         towers: str,
-        folder: Path,
         *,
-        full: bool,
+        trained: TowersTrained,
         heads: Mapping[str, HeadConfig] | None = None,
-        shape: Shape | None = None,
-        texts: Sequence[str] = (),
         floor: float = 0.0,
         device: str = "cpu",
     ) -> None:
-        self.axes, self.full, self.floor = axes, full, floor
+        self.axes, self.trained, self.floor = axes, trained, floor
+        self.dtype = torch.float32  # of what is written
         self.source = str(SHIPPED / "towers") if towers == "scenes" else towers
-        if self.source:
-            opened = open_towers(self.source, device)
-        elif (folder / CONFIG).is_file():
-            opened = open_towers(str(folder), device)
-        else:
-            opened = new_towers(shape or Shape(), texts, folder)
+        opened = open_towers(self.source, device)
         self.model = TowersModel(opened, heads_of(axes, heads)).to(device)
-        opened.requires_grad_(full)
+        opened.requires_grad_(trained != "heads")
+        opened.clip.visual.requires_grad_(trained == "full")
         self.heads = list(self.model.heads)
 
     def __call__(
@@ -111,10 +109,16 @@ class TowersFamily:
 
     def train(self, on: bool) -> None:
         self.model.train(on)
+
+    @torch.no_grad()
+    def round(self, dtype: torch.dtype) -> None:
+        """Give every weight the value that it will have when written as `dtype`."""
+        self.dtype = dtype
+        for parameter in self.model.parameters():
+            parameter.copy_(parameter.to(dtype))
         self.model.towers.forget()
 
     def judges(self) -> dict[str, TowersJudge]:
-        self.model.towers.forget()
         return {axis: self._judge(axis) for axis in self.axes}
 
     def _judge(self, axis: str) -> TowersJudge:
@@ -134,11 +138,11 @@ class TowersFamily:
 
     def save(self, folder: Path, judges: Mapping[str, TowersJudge], readme: str) -> None:
         source = self.source
-        if self.full:
-            save_towers(self.model.towers, folder / "towers")
+        if self.trained != "heads":
+            save_towers(self.model.towers, folder / "towers", self.dtype)
             source = "../towers"
         for axis, judge in judges.items():
-            save_judge(folder / axis, judge, source, readme)
+            save_judge(folder / axis, judge, source, readme, self.dtype)
 
 
 # --- vision-language models ----------------------------------------------------------------------

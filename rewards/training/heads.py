@@ -1,17 +1,15 @@
 """What stands on two towers and answers: logits over the levels 1..L of a scale.
 
 The answer is read as an expectation, E = sum_l l p_l, as arXiv:2606.27608 reads the score tokens of
-its judges. `FlatHead` reads all patches and words at once, each in its place, and what the prompt
-picks of the picture through a product; it is the quickest to learn. `MlpHead` stands on pooled
-features (after LAION's aesthetic predictor, with the non-linearity that one lacks), `FusionHead`
-lets a few queries and the words of the prompt look at the patches (after the cross-attention of
-MPS, arXiv:2405.14705), `RegionHead` answers for each patch of a source picture whether an
-instruction touches it, `FaceHead` is an embedding.
+its judges. `MlpHead` stands on the pooled features of pictures (after LAION's aesthetic predictor,
+with the non-linearity that one lacks), on the prompt's words in their places, and on what the words
+pick of the features. `RegionHead` answers for each patch of a source picture whether an instruction
+touches it, `FaceHead` is an embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -28,11 +26,11 @@ class HeadConfig:
     picture itself.
     """
 
-    kind: Literal["flat", "fusion", "mlp", "region", "face"] = "flat"
+    kind: Literal["mlp", "region", "face"] = "mlp"
     text: bool = True
     source: bool = False
     image: bool = True
-    width: int = 128
+    width: int = 256
     depth: int = 2
     levels: int = 5
 
@@ -48,11 +46,13 @@ class HeadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What a head must know of its towers: widths of tokens, patches, and the longest text."""
+    """What a head must know of its towers: widths of patches, of pooled features and of words, and
+    the longest text.
+    """
 
     image_width: int
+    pooled_width: int
     text_width: int
-    patches: int
     context: int
 
 
@@ -61,16 +61,16 @@ class Tokens:
     """What towers made of a batch of samples; None is what no head asked for."""
 
     image: Float[Tensor, "b n d"]
+    pooled: Float[Tensor, "b f"]
     source: Float[Tensor, "b n d"] | None = None
+    pooled_source: Float[Tensor, "b f"] | None = None
     text: Float[Tensor, "b l e"] | None = None
     words: Bool[Tensor, "b l"] | None = None  # which text tokens are there
 
     def rows(self, index: Tensor) -> Tokens:
         """The tokens of some samples."""
-        parts = (self.image, self.source, self.text, self.words)
-        image, source, text, words = (None if p is None else p[index] for p in parts)
-        assert image is not None
-        return Tokens(image=image, source=source, text=text, words=words)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Tokens(**{k: None if v is None else v[index] for k, v in parts.items()})  # type: ignore[arg-type]
 
 
 class Attention(nn.Module):
@@ -118,106 +118,43 @@ class Layer(nn.Module):
         return x + self.think(self.norms[2](x))
 
 
-class FusionHead(nn.Module):
-    """Four queries and the prompt's tokens read the patches of the picture (and of the source)."""
-
-    QUERIES = 4
-
-    def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
-        super().__init__()
-        self.config, width = config, config.width
-        self.queries = nn.Parameter(torch.randn(self.QUERIES, width) * 0.02)
-        self.image = nn.Sequential(
-            nn.LayerNorm(sizes.image_width), nn.Linear(sizes.image_width, width)
-        )
-        self.text = nn.Linear(sizes.text_width, width) if config.text else None
-        self.which = nn.Parameter(torch.randn(2, width) * 0.02)  # picture, source
-        self.layers = nn.ModuleList(Layer(width) for _ in range(config.depth))
-        self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.levels))
-
-    def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
-        return self.answer(self.read(tokens)[:, : self.QUERIES].mean(1))
-
-    def read(self, tokens: Tokens) -> Float[Tensor, "b q w"]:
-        """The queries, and behind them the prompt's tokens, after they have seen the pictures."""
-        count = len(tokens.image)
-        seen = [self.image(tokens.image) + self.which[0]] if self.config.image else []
-        if self.config.source:
-            assert tokens.source is not None
-            seen.append(self.image(tokens.source) + self.which[1])
-        memory = torch.cat(seen, 1)
-        x, there = self.queries.expand(count, -1, -1), None
-        if self.text is not None:
-            assert tokens.text is not None and tokens.words is not None
-            x = torch.cat([x, self.text(tokens.text)], 1)
-            there = F.pad(tokens.words, (self.QUERIES, 0), value=True)
-        for layer in self.layers:
-            x = layer(x, memory, there)
-        return x
-
-
-class FlatHead(nn.Module):
-    """An MLP over u, y and q(u) * k(y): u a linear map of all patches (of picture and source), y
-    one of all words, both of twice the width.
+class MlpHead(nn.Module):
+    """An MLP over u, y and q(u) * k(y): u a linear map of the pooled features of picture and
+    source, y one of all words.
     """
 
-    PER_PATCH = 16  # numbers that a patch is brought to
+    PER_WORD = 32  # numbers that a word is brought to
 
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
-        wide, pictures = 2 * config.width, config.image + config.source
-        self.patch = nn.Sequential(
-            nn.LayerNorm(sizes.image_width), nn.Linear(sizes.image_width, self.PER_PATCH)
-        )
-        self.image = nn.Linear(pictures * sizes.patches * self.PER_PATCH, wide)
-        self.words = sizes.context if config.text else 0
-        if self.words:
-            self.text = nn.Linear(self.words * sizes.text_width, wide)
-            self.picks, self.picked = nn.Linear(wide, wide), nn.Linear(wide, wide)
-        inner = 3 * wide if self.words else wide
-        layers: list[nn.Module] = [nn.LayerNorm(inner), nn.Linear(inner, 2 * wide), nn.GELU()]
+        width, pictures = config.width, config.image + config.source
+        self.norm = nn.LayerNorm(sizes.pooled_width)
+        self.image = nn.Linear(pictures * sizes.pooled_width, width)
+        self.places = sizes.context if config.text else 0
+        if self.places:
+            self.word = nn.Linear(sizes.text_width, self.PER_WORD)
+            self.text = nn.Linear(self.places * self.PER_WORD, width)
+            self.picks, self.picked = nn.Linear(width, width), nn.Linear(width, width)
+        wide = 3 * width if self.places else width
+        inner = 3 * width // 2
+        layers: list[nn.Module] = [nn.LayerNorm(wide), nn.Linear(wide, inner), nn.GELU()]
         for _ in range(config.depth - 1):
-            layers += [nn.Linear(2 * wide, 2 * wide), nn.GELU()]
-        self.answer = nn.Sequential(*layers, nn.Linear(2 * wide, config.levels))
+            layers += [nn.Linear(inner, inner), nn.GELU()]
+        self.answer = nn.Sequential(*layers, nn.Linear(inner, config.levels))
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
-        seen = [tokens.image] if self.config.image else []
+        seen = [tokens.pooled] if self.config.image else []
         if self.config.source:
-            assert tokens.source is not None
-            seen.append(tokens.source)
-        u = self.image(self.patch(torch.cat(seen, 1)).flatten(1))
-        if not self.words:
+            assert tokens.pooled_source is not None
+            seen.append(tokens.pooled_source)
+        u = self.image(torch.cat([self.norm(x) for x in seen], -1))
+        if not self.places:
             return self.answer(u)
         assert tokens.text is not None and tokens.words is not None
-        there = tokens.text * tokens.words.unsqueeze(-1)
-        missing = self.words - there.shape[1]
-        y = self.text(F.pad(there, (0, 0, 0, missing)).flatten(1))
+        there = self.word(tokens.text) * tokens.words.unsqueeze(-1)
+        y = self.text(F.pad(there, (0, 0, 0, self.places - there.shape[1])).flatten(1))
         return self.answer(torch.cat([u, y, self.picks(u) * self.picked(y)], -1))
-
-
-class MlpHead(nn.Module):
-    """Two layers over the mean tokens of picture, source and prompt."""
-
-    def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
-        super().__init__()
-        self.config = config
-        wide = sizes.image_width * (1 + config.source) + sizes.text_width * config.text
-        self.net = nn.Sequential(
-            nn.LayerNorm(wide), nn.Linear(wide, config.width), nn.GELU(),
-            nn.Linear(config.width, config.levels),
-        )  # fmt: skip
-
-    def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
-        parts = [tokens.image.mean(1)]
-        if self.config.source:
-            assert tokens.source is not None
-            parts.append(tokens.source.mean(1))
-        if self.config.text:
-            assert tokens.text is not None and tokens.words is not None
-            there = tokens.words.unsqueeze(-1)
-            parts.append((tokens.text * there).sum(1) / there.sum(1))
-        return self.net(torch.cat(parts, -1))
 
 
 class RegionHead(nn.Module):
@@ -279,8 +216,6 @@ class FaceHead(nn.Module):
 
 
 HEADS: dict[str, type[nn.Module]] = {
-    "flat": FlatHead,
-    "fusion": FusionHead,
     "mlp": MlpHead,
     "region": RegionHead,
     "face": FaceHead,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,13 +66,21 @@ def picture(value: object, base: Path = Path()) -> images.Picture:
     if isinstance(value, Mapping):  # how `datasets` keeps an undecoded picture
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return images.from_pil(images.decode(value)[0])
+        return _decoded(value)
     if isinstance(value, str):
         try:
             data = (base / value).read_bytes()
         except OSError as error:
             raise ImageError(f"expected a picture at {base / value}, got {error}") from error
-        return images.from_pil(images.decode(data)[0])
+        return _decoded(data)
     if isinstance(value, Image.Image):
         return images.from_pil(value)
     raise ImageError(f"expected encoded bytes or a path, got {type(value).__name__}")
+
+
+@lru_cache(maxsize=1024)
+def _decoded(data: bytes) -> images.Picture:
+    """Pixels, read-only: the judgements of a prompt repeat its pictures on every axis."""
+    pixels = images.from_pil(images.decode(data)[0])
+    pixels.flags.writeable = False
+    return pixels

@@ -5,24 +5,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from pipelines.data.aspects import Aspects
-from pipelines.reward import TrainConfig, train
+from pipelines.data.aspects import AspectsObjective
+from pipelines.reward import Groups, TrainConfig, agreement, train
 from pipelines.reward_collect import CollectConfig, collect
-from rewards.backbones.towers import Shape
+from pipelines.reward_towers import TowersConfig, explained, towers
+from rewards.backbones.towers import WEIGHTS, open_towers
 from rewards.errors import DataError
 from rewards.judge import load_judge, run_judge
+from rewards.trained import open_judge
 from rewards.training.heads import HeadConfig
 from rewards.training.schema import Judgement
 from rewards.training.table import JudgementTable, load_judgements, write_judgements
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
 from rlhf.training import Pace
-from tests.rewards.towers_tiny import sample_of
+from tests.rewards.towers_tiny import SHAPE, sample_of
 from tests.rewards.vlm_tiny import write_base
 
-SHAPE = Shape(width=32, layers=1, text_width=32, text_layers=1, words=300)
 SMALL = HeadConfig(width=32, depth=1)
+FEW = Pace(steps=4, log_every=1, save_every=2, ema=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +40,33 @@ def judgements(tmp_path_factory):
     return out
 
 
-def config(judgements, tmp_path, **fields):
-    pace = Pace(steps=4, log_every=1, save_every=2, ema=0.9)
+def small(runs, **fields):
+    """Of towers."""
+    base = TowersConfig(
+        runs=str(runs), shape=SHAPE, prompts=40, batch=4, held=20, pace=replace(FEW, ema=0.0)
+    )
+    return replace(base, **fields)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("towers")
+    towers(small(runs))
+    return runs / "towers" / "towers"
+
+
+def config(judgements, made, tmp_path, **fields):
     base = TrainConfig(
         name="judge",
         runs=str(tmp_path),
         data=str(judgements),
         judges=("fidelity", "aesthetics"),
-        towers="",
+        towers=str(made),
         trained="full",
-        new=SHAPE,
         heads={"fidelity": SMALL, "aesthetics": replace(SMALL, text=False)},
-        aspects=Aspects(batch=4, steps=1, after=2),
         batch=3,
         held=6,
-        pace=pace,
+        pace=FEW,
         learner=LearnerConfig(lr=1e-3),
     )
     return replace(base, **fields)
@@ -80,7 +96,7 @@ def test_annotators_agree_with_gold_as_noisy_people_do(judgements):
     assert 0.7 < agreement["test"] < agreement["dev"] < 0.999
 
 
-def test_a_second_collection_is_the_same_and_never_overwrites(judgements, tmp_path):
+def test_a_second_collection_is_the_same_and_never_overwrites(judgements, made, tmp_path):
     again = CollectConfig(
         out=str(tmp_path / "again"), drawn={"train": 4}, sampled={}, per_prompt=4, workers=1
     )
@@ -104,10 +120,10 @@ def _weights(folder):
     }
 
 
-def test_a_killed_run_ends_in_the_same_judges(judgements, tmp_path):
-    whole = train(config(judgements, tmp_path / "whole"))
+def test_a_killed_run_ends_in_the_same_judges(judgements, made, tmp_path):
+    whole = train(config(judgements, made, tmp_path / "whole"))
     assert set(whole["metrics"]) == {"dev/fidelity/accuracy", "dev/aesthetics/accuracy"}
-    half = config(judgements, tmp_path / "half")
+    half = config(judgements, made, tmp_path / "half")
     train(replace(half, pace=replace(half.pace, steps=2)))
     train(half, resume=tmp_path / "half" / "judge")
     folders = [tmp_path / name / "judge" / "judges" for name in ("whole", "half")]
@@ -121,33 +137,71 @@ def test_a_killed_run_ends_in_the_same_judges(judgements, tmp_path):
     assert "fidelity" in (folders[0] / "fidelity" / "README.md").read_text()
 
 
-def test_heads_alone_leave_the_towers_as_they_were(judgements, tmp_path):
-    train(config(judgements, tmp_path))
-    towers = tmp_path / "judge" / "judges" / "towers"
-    before = _weights(towers)
-    one = config(
-        judgements,
-        tmp_path,
-        name="one",
-        judges=("instruction",),
-        towers=str(towers),
-        trained="heads",
-        heads={"instruction": replace(SMALL, source=True)},
-    )
+@pytest.mark.parametrize(
+    ("trained", "moved"),
+    [("full", {"visual", "text"}), ("locked", {"text"}), ("heads", set())],
+)
+def test_what_is_trained_of_the_towers(judgements, made, tmp_path, trained, moved):
+    before = load_file(made / WEIGHTS)
+    heads = {"instruction": replace(SMALL, source=True)}
+    one = config(judgements, made, tmp_path, judges=("instruction",), trained=trained, heads=heads)
     train(one)
-    assert _weights(towers) == before
-    judge = load_judge(str(tmp_path / "one" / "judges" / "instruction"))
+    judge = open_judge(tmp_path / "judge" / "judges" / "instruction")
+    after = judge.model.towers.clip.state_dict()
+    changed = {n for n, value in before.items() if not torch.equal(value, after[n])}
+    assert {"visual" if n.startswith("visual.") else "text" for n in changed} == moved
     assert judge.score([sample_of("edits", 1)])[0].state == "ok"
+    assert all(torch.equal(v, before[k]) for k, v in load_file(made / WEIGHTS).items())
 
 
-def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, tmp_path):
+def test_judges_are_calibrated_as_they_are_written(judgements, made, tmp_path):
+    heads = {"aesthetics": replace(SMALL, text=False)}
+    one = config(judgements, made, tmp_path, judges=("aesthetics",), trained="locked", heads=heads)
+    found = train(replace(one, dtype="bfloat16"))["metrics"]["dev/aesthetics/accuracy"]["value"]
+    folder = tmp_path / "judge" / "judges"
+    for file in (folder / "towers" / WEIGHTS, folder / "aesthetics" / "heads.safetensors"):
+        assert {t.dtype for t in load_file(file).values()} == {torch.bfloat16}
+    judge = open_judge(folder / "aesthetics")
+    rows = [r for r in load_judgements(judgements, "dev", "aesthetics") if r.kind != "point"]
+    held = [r for r in rows if r.group in Groups(str(judgements), "dev", ["aesthetics"]).groups[:6]]
+    assert agreement({"aesthetics": judge}, held)["dev/aesthetics/accuracy"] == found
+
+
+# --- towers ---------------------------------------------------------------------------------------
+
+
+def test_killed_towers_end_the_same_and_learn_to_see(tmp_path):
+    more = replace(FEW, steps=12, save_every=6, ema=0.0)
+    config = small(tmp_path / "whole", pace=more, batch=24, learner=LearnerConfig(lr=2e-3))
+    found = towers(config)["metrics"]
+    half = replace(config, runs=str(tmp_path / "half"))
+    towers(replace(half, pace=replace(more, steps=6)))
+    towers(half, resume=tmp_path / "half" / "towers")
+    first, second = (tmp_path / n / "towers" / "towers" for n in ("whole", "half"))
+    assert _weights(first) == _weights(second)
+    fresh = towers(replace(config, name="fresh", pace=replace(more, steps=1)))["metrics"]
+    assert found["held/objects/r2"]["value"] > fresh["held/objects/r2"]["value"] + 0.05
+
+
+def test_a_form_is_scored_by_the_variance_that_it_explains(made):
+    objective = AspectsObjective(open_towers(str(made)), 0)
+    pictures, values, _ = objective.forms(3, 40, "heldout")
+    objective.predict = lambda _: objective.standard(values)
+    objective.forms = lambda *_: (pictures, values, np.ones(values.shape, bool))
+    assert all(v == pytest.approx(1.0) for v in explained(objective, 40).values())
+    flat = objective.standard(np.tile(values.mean(0), (len(values), 1)))
+    objective.predict = lambda _: flat
+    assert all(v == pytest.approx(0.0, abs=1e-4) for v in explained(objective, 40).values())
+
+
+def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, made, tmp_path):
     base = write_base(tmp_path / "base")
     one = config(
         judgements,
+        made,
         tmp_path,
         family="vlm",
         judges=("fidelity",),
-        aspects=Aspects(),
         heads={},
     )
     one = replace(one, vlm=replace(one.vlm, base=str(base), rank=2), batch=1, held=2)
@@ -156,28 +210,28 @@ def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, tmp_
     assert judge.score([sample_of("objects", 1)])[0].state == "ok"
 
 
-def test_prompts_in_two_splits_are_refused(judgements, tmp_path):
+def test_prompts_in_two_splits_are_refused(judgements, made, tmp_path):
     rows = [r for r in load_judgements(judgements, "train", "fidelity")][:4]
     plain = [replace(r, columns={}) for r in rows]
     for split in ("train", "dev"):
         write_judgements(tmp_path / "leak", split, plain)
     with pytest.raises(DataError, match="one split each"):
-        train(config(tmp_path / "leak", tmp_path, aspects=Aspects(), judges=("fidelity",)))
+        train(config(tmp_path / "leak", made, tmp_path, judges=("fidelity",)))
 
 
-def test_what_cannot_be_trained_is_refused(judgements, tmp_path):
+def test_what_cannot_be_trained_is_refused(judgements, made, tmp_path):
     for fields, hint in (
         ({"judges": ()}, "one or more"),
-        ({"trained": "heads"}, "fresh towers know nothing"),
+        ({"towers": ""}, "rlhf reward towers"),
         ({"family": "vlm"}, "one judge a run"),
     ):
         with pytest.raises(ConfigError, match=hint):
-            config(judgements, tmp_path, **fields).check()
+            config(judgements, made, tmp_path, **fields).check()
     with pytest.raises(DataError, match="expected train rows"):
-        train(config(judgements, tmp_path, judges=("beauty",), heads={}, aspects=Aspects()))
+        train(config(judgements, made, tmp_path, judges=("beauty",), heads={}))
 
 
-def test_an_own_axis_needs_no_code(judgements, tmp_path):
+def test_an_own_axis_needs_no_code(judgements, made, tmp_path):
     rows = list(JudgementTable(judgements, "train", "aesthetics"))
     own = [replace(r, axis="calm", columns={}) for r in rows]
     assert isinstance(own[0], Judgement)
@@ -190,10 +244,10 @@ def test_an_own_axis_needs_no_code(judgements, tmp_path):
     result = train(
         config(
             tmp_path / "own",
+            made,
             tmp_path,
             judges=("calm",),
             heads=heads,
-            aspects=Aspects(),
         )
     )
     assert "dev/calm/accuracy" in result["metrics"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from rewards.backbones.towers import new_towers, open_towers, save_towers
@@ -32,7 +33,8 @@ def towers(tmp_path_factory):
     return tiny_towers(tmp_path_factory.mktemp("towers") / "towers")
 
 
-SIZES = Sizes(image_width=32, text_width=32, patches=16, context=24)
+SIZES = Sizes(image_width=32, pooled_width=48, text_width=32, context=24)
+POOLED = torch.zeros(2, 48)
 EDITS = [sample_of("edits", i) for i in range(6)]
 MADE = [sample_of(c, i) for i in range(3) for c in ("objects", "portraits", "text")]
 
@@ -52,8 +54,8 @@ def test_a_score_depends_on_the_sample_alone(towers, axis):
 
 def test_judges_that_share_towers_pay_for_a_picture_once(towers, monkeypatch):
     seen = []
-    original = towers._image_tokens
-    monkeypatch.setattr(towers, "_image_tokens", lambda p: seen.append(len(p)) or original(p))
+    original = towers._see
+    monkeypatch.setattr(towers, "_see", lambda p: seen.append(len(p)) or original(p))
     towers.forget()
     for axis in ("aesthetics", "fidelity", "portrait"):
         tiny_judge(towers, axis).score(MADE)
@@ -178,6 +180,7 @@ def test_the_region_is_read_without_the_output():
     assert isinstance(head, RegionHead)
     one = Tokens(
         image=torch.randn(2, 16, 32),
+        pooled=POOLED,
         source=torch.randn(2, 16, 32),
         text=torch.randn(2, 5, 32),
         words=torch.ones(2, 5, dtype=torch.bool),
@@ -190,12 +193,11 @@ def test_a_face_is_most_like_itself():
     head = make_head(HeadConfig(kind="face", text=False, source=True), SIZES)
     assert isinstance(head, FaceHead)
     one, other = torch.randn(3, 16, 32), torch.randn(3, 16, 32)
-    same = expectation(head(Tokens(image=one, source=one)))
-    differs = expectation(head(Tokens(image=other, source=one)))
-    assert bool((same > differs).all())
-    assert torch.allclose(
-        head(Tokens(image=one, source=one)).exp().sum(-1), torch.ones(3), atol=1e-4
-    )
+    pooled = torch.zeros(3, 48)
+    same = head(Tokens(image=one, pooled=pooled, source=one))
+    differs = head(Tokens(image=other, pooled=pooled, source=one))
+    assert bool((expectation(same) > expectation(differs)).all())
+    assert torch.allclose(same.exp().sum(-1), torch.ones(3), atol=1e-4)
 
 
 # --- fitting --------------------------------------------------------------------------------------
@@ -221,18 +223,29 @@ def test_calibration_maps_raw_values_to_mean_ratings_and_never_ties():
     assert fit_calibration(np.full(99, 0.5), rating[:99]).raw == ()
 
 
-def test_a_convolutional_trunk_gives_tokens_of_one_of_its_maps(tmp_path):
+@pytest.mark.parametrize(
+    ("trunk", "stage", "patches"), [("", 0, 16), ("test_convnext2", 1, 64), ("small_resnet", 2, 64)]
+)
+def test_image_towers_of_three_makes_give_tokens_and_features(tmp_path, trunk, stage, patches):
     torch.manual_seed(0)
-    shape = replace(SHAPE, trunk="test_convnext2", stage=1)
-    made = new_towers(shape, ["a red ring on white"] * 4, tmp_path / "conv")
-    assert (made.sizes.patches, made.sizes.image_width) == (64, 64)
-    again = open_towers(str(tmp_path / "conv"))
+    shape = replace(SHAPE, trunk=trunk, stage=stage, embed=40)
+    made = new_towers(shape, ["a red ring on white"] * 4, tmp_path / "made")
+    assert made.sizes.pooled_width == 40
+    again = open_towers(str(tmp_path / "made"))
     pictures = [s.image for s in MADE[:3]]
     with torch.no_grad():
-        assert torch.equal(made._image_tokens(pictures), again._image_tokens(pictures))
+        for first, second in zip(made._see(pictures), again._see(pictures), strict=True):
+            assert torch.equal(first, second)
+        tokens, features = made.see(pictures)
+        assert tokens.shape == (3, patches, made.sizes.image_width)
+        unit = features / features.norm(dim=-1, keepdim=True)
+        assert torch.allclose(unit, made.embed(pictures, ["a ring"])[0], atol=1e-5)
     made.requires_grad_(True)
-    made._image_tokens(pictures).sum().backward()
-    idle = {n for n, p in made.named_parameters() if p.grad is None and "visual" in n}
-    assert idle == {
-        n for n, _ in made.named_parameters() if n.startswith(made.unreached()) and "visual" in n
-    }
+    sum(part.sum() for part in made._see(pictures)).backward()
+    idle = [n for n, p in made.named_parameters() if p.grad is None and "visual" in n]
+    assert not idle
+
+
+def test_small_resnet_has_no_published_weights():
+    with pytest.raises(ValueError, match="no published weights"):
+        timm.create_model("small_resnet", pretrained=True)
