@@ -168,11 +168,14 @@ CANARIES: Mapping[str, Canary] = {
     "source_copy": source_copy,
     "collage": collage,
 }
-RIGHTLY = {"consistency": ("source_copy",)}  # canaries that an axis, taken alone, must like
+RIGHTLY = {  # a source left alone is consistent, and no uglier than its edit
+    "aesthetics": ("source_copy",),
+    "consistency": ("source_copy",),
+}
 
 
 def canaries(samples: Sequence[Sample], axis: str = "") -> dict[str, Canary]:
-    """All canaries that an axis is held to; the swapped prompt takes others' among `samples`."""
+    """All canaries that an axis, taken alone, may not like; the swapped prompt takes others' among `samples`."""
     found = {name: one for name, one in CANARIES.items() if name not in RIGHTLY.get(axis, ())}
     return found | {"swapped_prompt": lambda sample: swapped_prompt(sample, samples)}
 

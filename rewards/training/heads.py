@@ -3,8 +3,8 @@
 The answer is read as an expectation, E = sum_l l p_l, as arXiv:2606.27608 reads the score tokens of
 its judges. `MlpHead` stands on the pooled features of pictures (after LAION's aesthetic predictor,
 with the non-linearity that one lacks), on the prompt's words in their places, and on what the words
-pick of the features. `RegionHead` answers for each patch of a source picture whether an instruction
-touches it, `FaceHead` is an embedding.
+pick of the features; it gives the mean and spread of a normal score. `RegionHead` answers for each
+patch of a source picture whether an instruction touches it, `FaceHead` is an embedding.
 """
 
 from __future__ import annotations
@@ -118,6 +118,20 @@ class Layer(nn.Module):
         return x + self.think(self.norms[2](x))
 
 
+def normal_levels(numbers: Float[Tensor, "b 2"], levels: int) -> Float[Tensor, "b l"]:
+    """Logits -(l - m)^2 / (2 s^2) of a normal score cut to levels: m the middle of the scale plus
+    half its length times the first number, s = 0.3 + softplus(second).
+
+    Within the scale E is nearly m, so that losses on E keep a gradient. Free logits lose it once
+    all of their mass is on one level.
+    """
+    half = (levels - 1) / 2
+    mean = 1 + half * (1 + numbers[:, :1])
+    spread = 0.3 + F.softplus(numbers[:, 1:])
+    level = torch.arange(1.0, levels + 1, device=numbers.device)
+    return -((level - mean) / spread).square() / 2
+
+
 class MlpHead(nn.Module):
     """An MLP over u, y and q(u) * k(y): u a linear map of the pooled features of picture and
     source, y one of all words.
@@ -141,7 +155,7 @@ class MlpHead(nn.Module):
         layers: list[nn.Module] = [nn.LayerNorm(wide), nn.Linear(wide, inner), nn.GELU()]
         for _ in range(config.depth - 1):
             layers += [nn.Linear(inner, inner), nn.GELU()]
-        self.answer = nn.Sequential(*layers, nn.Linear(inner, config.levels))
+        self.answer = nn.Sequential(*layers, nn.Linear(inner, 2))
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b l"]:
         seen = [tokens.pooled] if self.config.image else []
@@ -150,11 +164,12 @@ class MlpHead(nn.Module):
             seen.append(tokens.pooled_source)
         u = self.image(torch.cat([self.norm(x) for x in seen], -1))
         if not self.places:
-            return self.answer(u)
+            return normal_levels(self.answer(u), self.config.levels)
         assert tokens.text is not None and tokens.words is not None
         there = self.word(tokens.text) * tokens.words.unsqueeze(-1)
         y = self.text(F.pad(there, (0, 0, 0, self.places - there.shape[1])).flatten(1))
-        return self.answer(torch.cat([u, y, self.picks(u) * self.picked(y)], -1))
+        seen = torch.cat([u, y, self.picks(u) * self.picked(y)], -1)
+        return normal_levels(self.answer(seen), self.config.levels)
 
 
 class RegionHead(nn.Module):
