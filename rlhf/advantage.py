@@ -70,6 +70,7 @@ class AdvantageReport:
     groups (see `GroupCounts`), `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's part of
     A, over the live samples of groups in which it has a weight. For watching judges what is called
     `reward/<judge>` is called `watch/<judge>`. Means and counts of nothing are absent, not 0.
+    `seconds/judge/<judge>` is what a judge worked, in its worker.
     """
 
     by_category: Mapping[str, GroupCounts]
@@ -253,7 +254,7 @@ def _dropped(counts: Mapping[str, GroupCounts]) -> dict[str, float]:
 def _judge_metrics(
     scores: Scores, categories: Sequence[str], watch: Sequence[str]
 ) -> dict[str, float]:
-    metrics: dict[str, float] = {}
+    metrics = {f"seconds/judge/{name}": spent for name, spent in scores.seconds.items()}
     for card in scores.judges:
         name = f"{'watch' if card.name in watch else 'reward'}/{card.name}"
         groups = scores.table[card.name]

@@ -103,7 +103,6 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
         with clock("sync"):
             version = cluster.publish("behaviour")
         row |= {**judged.metrics, **figures(scores), **report.metrics}
-        row |= {f"seconds/judge/{name}": spent for name, spent in scores.seconds.items()}
         row["seconds/total"] = time.monotonic() - began
         version = observer.observe(iteration, refs, row, version)
         cluster.release(refs)

@@ -203,5 +203,5 @@ def assemble_scores(cards: tuple[JudgeCard, ...], groups: Sequence[Judged]) -> S
         judges=cards,
         table={c.name: tuple(g.scores[c.name] for g in groups) for c in cards},
         figures={name: tuple(g.figures[name] for g in groups) for name in names},
-        seconds={c.name: sum(g.seconds[c.name] for g in groups) for c in cards},
+        seconds={c.name: sum(g.seconds.get(c.name, 0.0) for g in groups) for c in cards},
     )
