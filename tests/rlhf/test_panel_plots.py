@@ -72,6 +72,8 @@ def test_gains_have_a_panel_for_each_category_and_setting_and_the_rest_its_own()
     ]
     bars = [len(axis.patches) for axis in figure.axes]
     assert bars == [2, 0, 2, 2, 2]
+    said = [axis.get_legend_handles_labels()[1][1:] for axis in figure.axes if axis.patches]
+    assert said == [["after"], ["after"], ["after, by a judge that trains"], ["after"]]
 
 
 def test_rewards_show_witnesses_beside_the_total_and_a_line_for_each_category():
