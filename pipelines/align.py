@@ -109,17 +109,16 @@ class Recorder:
 
 
 def progress_line(iteration: int, total: int, row: Mapping[str, float]) -> str:
-    """One line for the terminal."""
+    """One line for the terminal; of the held-out figures the strict ones, if there are any."""
     parts = [f"{iteration:4d}/{total}", f"reward {row.get('reward/total', float('nan')):.3f}"]
     parts += [
         f"live {row['advantage/live']:.2f}",
         f"loss {row['loss']:+.4f}",
         f"{row['seconds/total']:.1f} s",
     ]
-    held = [
-        f"{k.removeprefix('heldout/')} {v:.3f}" for k, v in row.items() if k.startswith("heldout/")
-    ]
-    return "  ".join(parts + held)
+    held = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/")}
+    strict = {k: v for k, v in held.items() if "/strict" in k}
+    return "  ".join([*parts, *(f"{name} {value:.3f}" for name, value in (strict or held).items())])
 
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:

@@ -155,6 +155,8 @@ class Scores:
     """What all judges said of P groups of G samples: judge name -> groups -> samples, rectangular.
 
     `figures` are statistics of the pictures, one value per group; NaN where there is none.
+    `seconds` each judge worked on all of them, the one that came first at a picture with the work
+    that others share.
 
     Raises:
         JudgeError: a judge without a table, a table without a judge, or tables of unequal shape.
@@ -163,6 +165,7 @@ class Scores:
     judges: tuple[JudgeCard, ...]
     table: Mapping[str, tuple[tuple[Score, ...], ...]]
     figures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         names = [card.name for card in self.judges]

@@ -65,9 +65,12 @@ class AdvantageReport:
 
     `reward/<judge>/{mean,std}` over ok scores (std is population), `{failed,na}` as shares of all
     samples, `reward/total` = mean weighted score of samples with every applying score, higher is
-    better, `advantage/live` = share, `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's
-    part of A, over the live samples of groups in which it has a weight. For watching judges the
-    first four are called `watch/...`. Means over nothing are absent rather than 0.
+    better; the two means once more by category, as `reward/<judge>/mean/<category>` and
+    `reward/total/<category>`. `advantage/live` = share, `advantage/dropped/<category>/<why>` =
+    groups (see `GroupCounts`), `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's part of
+    A, over the live samples of groups in which it has a weight. For watching judges what is called
+    `reward/<judge>` is called `watch/<judge>`. Means and counts of nothing are absent, not 0.
+    `seconds/judge/<judge>` is what a judge worked, in its worker.
     """
 
     by_category: Mapping[str, GroupCounts]
@@ -122,11 +125,10 @@ def group_advantages(
     live = np.stack([parts.live for parts in found])
     raw = np.stack([parts.part.sum(axis=0) for parts in found])
     value = np.clip(_over_batch(raw, live) if scheme == "gdpo" else raw, -clip, clip)
-    metrics = _judge_metrics(scores, watch)
-    totals = np.concatenate([_total(group) for group in groups])
-    if totals.size:
-        metrics["reward/total"] = float(totals.mean())
+    metrics = _judge_metrics(scores, categories, watch)
+    metrics |= _totals([_total(group) for group in groups], categories)
     metrics["advantage/live"] = float(live.mean())
+    metrics |= _dropped(counts)
     metrics |= _shares(scores.judges, groups, found, value)
     advantages = Advantages(
         value_PG=torch.from_numpy(value.astype(np.float32)), live_PG=torch.from_numpy(live)
@@ -236,15 +238,36 @@ def _total(group: _Group) -> np.ndarray:
     return group.weight[counts] @ group.value[counts][:, whole]
 
 
-def _judge_metrics(scores: Scores, watch: Sequence[str]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
+def _totals(totals: Sequence[np.ndarray], categories: Sequence[str]) -> dict[str, float]:
+    kinds = np.repeat(categories, [len(group) for group in totals])
+    values = np.concatenate(totals)
+    parts = {"": values} | {f"/{c}": values[kinds == c] for c in dict.fromkeys(categories)}
+    return {f"reward/total{c}": float(own.mean()) for c, own in parts.items() if own.size}
+
+
+def _dropped(counts: Mapping[str, GroupCounts]) -> dict[str, float]:
+    whys = [name for name in GroupCounts.__slots__ if name not in ("groups", "live")]
+    found = {f"{c}/{why}": getattr(n, why) for c, n in counts.items() for why in whys}
+    return {f"advantage/dropped/{name}": float(n) for name, n in found.items() if n}
+
+
+def _judge_metrics(
+    scores: Scores, categories: Sequence[str], watch: Sequence[str]
+) -> dict[str, float]:
+    metrics = {f"seconds/judge/{name}": spent for name, spent in scores.seconds.items()}
     for card in scores.judges:
         name = f"{'watch' if card.name in watch else 'reward'}/{card.name}"
-        found = to_arrays([s for group in scores.table[card.name] for s in group])
+        groups = scores.table[card.name]
+        found = to_arrays([s for group in groups for s in group])
+        kinds = np.repeat(categories, [len(group) for group in groups])
         value = found.value[found.ok]
         if value.size:
             metrics[f"{name}/mean"] = float(value.mean())
             metrics[f"{name}/std"] = float(value.std())
+        for category in dict.fromkeys(categories):
+            own = found.value[found.ok & (kinds == category)]
+            if own.size:
+                metrics[f"{name}/mean/{category}"] = float(own.mean())
         for state, masked in (("failed", found.failed), ("na", found.na)):
             metrics[f"{name}/{state}"] = float(masked.sum() / max(masked.size, 1))
     return metrics

@@ -34,7 +34,8 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line);
          font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { color: var(--muted); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
+                                 min-width: 14em; }
 ol { columns: 2; column-gap: 28px; font-size: 13.5px; padding-left: 26px; }
 pre { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px;
       overflow: auto; font-size: 12.5px; line-height: 1.5; }

@@ -15,13 +15,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
-from rlhf import plots
+from rlhf import panel_plots, plots
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write_bytes, atomic_write_text
 from rlhf.markup import document, escape, metric_table, picture, table
 from rlhf.metrics import Row
+from rlhf.panel_plots import Panel
 from rlhf.run import Metric, Run
 
 
@@ -55,12 +57,12 @@ def _try(read: Any, notes: list[str], default: Any) -> Any:
 
 def _save_plots(target: Run, rows: Sequence[Row], result: Mapping[str, Any]) -> dict[str, Path]:
     """PNG files of the plots that have data, by name."""
-    metrics = result.get("metrics", {})
+    metrics, panel = result.get("metrics", {}), Panel.of(rows)
     start = {"step": 0} | {name: m["before"] for name, m in metrics.items() if "before" in m}
     figures: dict[str, Figure | None] = {
-        "gains": plots.gains(metrics),
-        "rewards": plots.rewards(rows),
-        "heldout": plots.heldout([start, *rows] if rows else []),
+        "gains": panel_plots.gains(metrics, panel),
+        "rewards": panel_plots.rewards(rows),
+        "heldout": panel_plots.heldout([start, *rows] if rows else [], panel),
         "monitor": plots.monitor(rows),
         "training": plots.training(rows),
     }
@@ -86,19 +88,21 @@ def build(
 ) -> str:
     """The page as text."""
     program = result.get("program") or about.get("program") or "run"
-    metrics = result.get("metrics", {})
+    metrics, panel = result.get("metrics", {}), Panel.of(rows)
     sections = [
         f"<h1>{escape(target.name)}</h1>",
         f'<p class="sub">{escape(_summary(program, rows, result, about))}</p>',
         *(f"<p><b>Not readable:</b> {escape(note)}</p>" for note in notes),
-        _tiles(metrics),
+        _tiles(metrics, panel),
         _plot("Before and after", "gains", saved, "Whiskers: 95% bootstrap interval of the gain."),
+        _held(metrics, panel),
         _samples(target),
-        _plot("Reward", "rewards", saved, "On the training prompts of each iteration."),
+        _judges(target, rows),
+        _plot("Reward", "rewards", saved, REWARD),
         _plot("Held-out prompts", "heldout", saved, "Fixed prompts and seeds."),
         _plot("Watching", "monitor", saved, _alarms(rows)),
         _plot("Training", "training", saved, "Over iterations."),
-        metric_table("Results", metrics),
+        _folded("All results", metric_table("Results", metrics)),
         *_evaluations(target),
         _machine(rows, result, about),
         _config(target),
@@ -112,10 +116,43 @@ def _plot(heading: str, name: str, saved: Mapping[str, Path], caption: str) -> s
     return f"<h2>{heading}</h2><p>{caption}</p>{picture(saved[name], heading)}"
 
 
+REWARD = (
+    "On the training prompts of each iteration; many values are drawn faintly under their running"
+    " average. What watches has no say: a total that rises while a watching judge falls is hacked."
+)
+
+
+def _folded(summary: str, inside: str) -> str:
+    return f"<details><summary>{summary}</summary>{inside}</details>" if inside else ""
+
+
+def _held(metrics: Mapping[str, Metric], panel: Panel) -> str:
+    """Gains by measure and category, a table for each setting of the evaluation."""
+    tables = panel_plots.held_table(metrics, panel)
+    head = "Gain [95% interval over prompts]"
+    parts = [f"<h3>{head}, {name}</h3>{table(*body)}" for name, body in tables.items()]
+    return "".join(parts)
+
+
+def _judges(target: Run, rows: Sequence[Row]) -> str:
+    """Who judged, with which weight, how often in vain, and which groups were dropped."""
+    try:
+        config = yaml.safe_load(target.config_path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        config = {}
+    head, lines = panel_plots.judges_table(rows, config.get("weights") or {})
+    if not lines:
+        return ""
+    lost = panel_plots.dropped(rows)
+    said = f"<p>Groups that taught nothing, by category and reason: {escape(lost)}.</p>"
+    names = "<p>Weights by category; – has no say.</p>"
+    return f"<h2>Judges</h2>{names}{table(head, lines)}{said if lost else ''}"
+
+
 def _alarms(rows: Sequence[Row]) -> str:
     steps = [row["step"] for row in rows if row.get("monitor/alarm")]
     if not steps:
-        return "Judges without a say, and statistics of the training pictures. No alarm."
+        return "What judges and training pictures look like over time. No alarm."
     return (
         f"Red: the {len(steps)} iterations with an alarm, the first {steps[0]}. See rlhf.monitor."
     )
@@ -146,7 +183,7 @@ def _duration(seconds: float | int) -> str:
     return f"{minutes} min {left} s" if minutes else f"{seconds:.1f} s"
 
 
-def _tiles(metrics: Mapping[str, Metric]) -> str:
+def _tiles(metrics: Mapping[str, Metric], panel: Panel) -> str:
     """The first gains as large figures: strict held-out ones if there are any."""
     pairs = {name: metric for name, metric in metrics.items() if "after" in metric}
     strict = {name: metric for name, metric in pairs.items() if name.endswith("/strict")}
@@ -156,7 +193,7 @@ def _tiles(metrics: Mapping[str, Metric]) -> str:
         if "low" in metric:
             interval = f" [{metric['low']:+.3f}, {metric['high']:+.3f}]"
         tiles.append(
-            f'<div class="tile"><span>{escape(name)}</span>'
+            f'<div class="tile"><span>{escape(panel_plots.headline(name, panel))}</span>'
             f"<b><i>{metric['before']:.3f} →</i> {metric['after']:.3f}</b>"
             f"<span>{metric['gain']:+.3f}{interval}</span></div>"
         )

@@ -97,104 +97,35 @@ def line(ax: Axes, data: Series, colour: str, label: str = "", dash: str = "-") 
     ax.plot(steps, smooth(values), dash, color=colour, lw=2, label=label)
 
 
-def gains(metrics: Mapping[str, Mapping[str, float | int]]) -> Figure | None:
-    """Bars before and after for each metric that has both; the whisker: the gain's 95% interval."""
-    pairs = {name: metric for name, metric in metrics.items() if "after" in metric}
-    if not pairs:
-        return None
-    figure, (ax,) = grid(1, 1, 0.7 + 0.55 * len(pairs))
-    ax.grid(False)
-    ax.spines["bottom"].set_visible(False)
-    ax.set_xticks([])
-    for position, metric in enumerate(pairs.values()):
-        before, after = metric["before"], metric["after"]
-        ax.barh(position - 0.19, before, 0.34, color=BEFORE, label="before" * (position == 0))
-        ax.barh(position + 0.19, after, 0.34, color=AFTER, label="after" * (position == 0))
-        end = after
-        if "low" in metric:
-            low, high = before + metric["low"], before + metric["high"]
-            ax.plot([low, high], [position + 0.19] * 2, color=INK, lw=1.2, marker="|", ms=6)
-            end = max(after, high)
-        _note(ax, f"{before:.3g}", max(before, 0), position - 0.19)
-        _note(ax, f"{after:.3g}  ({metric['gain']:+.3g})", max(end, 0), position + 0.19)
-    ax.set_yticks(range(len(pairs)), list(pairs), fontsize=8.5, color=INK)
-    ax.axvline(0, color=MUTED, lw=0.8)
-    ax.margins(x=0.15)
-    ax.invert_yaxis()
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        labelcolor=MUTED,
-        ncols=2,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-    )
-    return figure
-
-
-def _note(ax: Axes, text: str, x: float | int, y: float) -> None:
+def note(ax: Axes, text: str, x: float | int, y: float) -> None:
     """A figure beside the end of a bar."""
     ax.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
     )
 
 
-def rewards(rows: Sequence[Row]) -> Figure | None:
-    """reward/total, then each judge's mean with one standard deviation of its scores around it."""
-    judges = [found.group(1) for found in names(rows, r"reward/(.+)/mean")]
-    total = series(rows, "reward/total")
-    panels = (["total"] if len(total[0]) else []) + judges
-    if not panels:
-        return None
-    figure, axes = grid(len(panels), 2 if len(panels) in (2, 4) else 3, 2.3)
-    for position, (ax, name) in enumerate(zip(axes, panels, strict=True)):
-        if position == 0 and len(total[0]):
-            line(ax, total, INK)
-            title(ax, "reward/total")
-            continue
-        colour = COLOURS[judges.index(name) % len(COLOURS)]
-        line(ax, series(rows, f"reward/{name}/mean"), colour)
-        both = [r for r in rows if r.get(f"reward/{name}/std") is not None]
-        steps, mean = series(both, f"reward/{name}/mean")
-        std = series(
-            [r for r in both if r.get(f"reward/{name}/mean") is not None], f"reward/{name}/std"
-        )
-        ax.fill_between(steps, mean - std[1], mean + std[1], color=colour, alpha=0.12, lw=0)
-        title(ax, f"{name}: mean, ± std")
-    return figure
-
-
-def heldout(rows: Sequence[Row]) -> Figure | None:
-    """Held-out figures: a panel per measure, a colour per category, a dash per setting."""
-    found = names(rows, r"heldout/(.+)/(strict|soft)((?:/\w+)?)")
-    if not found:
-        return None
-    measures = list(dict.fromkeys(f.group(2) for f in found))
-    categories = list(dict.fromkeys(f.group(1) for f in found))
-    settings = sorted({f.group(3) for f in found})
-    figure, axes = grid(len(measures), 2, 2.9)
-    for ax, measure in zip(axes, measures, strict=True):
-        for match in (f for f in found if f.group(2) == measure):
-            colour = COLOURS[categories.index(match.group(1)) % len(COLOURS)]
-            dash = DASHES[settings.index(match.group(3)) % len(DASHES)]
-            label = match.group(1) + match.group(3).replace("/", " ")
-            line(ax, series(rows, match.group(0)), colour, label, dash)
-        title(ax, f"held-out {measure}")
-        ax.set_xlabel("step", fontsize=8, color=MUTED)
-        legend(ax)
-    return figure
+SIGNALS: Mapping[str, str] = {  # of rlhf.monitor and rewards.statistics, in words
+    "fine": "energy in fine detail",
+    "grid": "energy in one frequency (grids)",
+    "overexposed": "over-exposed share of pixels",
+    "diversity": "distance within a prompt",
+    "beyond": "scores past their calibration",
+    "disagreement": "judges disagree (1/3: unrelated)",
+    "trend": "trend of the window, sigmas",
+    "correlation": "rank correlation with reward",
+}
 
 
 def monitor(rows: Sequence[Row]) -> Figure | None:
-    """What the watching judges say, each judge's share of the advantage, and the monitor's figures;
-    iterations with an alarm are marked.
+    """Each judge's share of the advantage, and the monitor's figures; iterations with an alarm are
+    marked.
     """
-    watch = {f"{m.group(1)} (watches)": [m.group(0)] for m in names(rows, r"watch/(.+)/mean")}
     shares = [m.group(0) for m in names(rows, r"advantage/share/.+")]
-    panels = watch | ({"share of the advantage": shares} if len(shares) > 1 else {})
+    panels = {"share of the advantage": shares} if len(shares) > 1 else {}
     for match in names(rows, r"monitor/([^/]+)(/.+)?"):
         if match.group(1) != "alarm":
-            panels.setdefault(match.group(1), []).append(match.group(0))
+            text = SIGNALS.get(match.group(1), match.group(1))
+            panels.setdefault(text, []).append(match.group(0))
     if not panels:
         return None
     figure, axes = grid(len(panels), 3, 2.2)
@@ -205,6 +136,8 @@ def monitor(rows: Sequence[Row]) -> Figure | None:
             line(ax, series(rows, name), COLOURS[position % len(COLOURS)], label)
         for step in steps[alarms > 0]:
             ax.axvline(step, color=COLOURS[-1], lw=0.8, alpha=0.35)
+        if len(steps) > 1:
+            ax.set_xlim(steps[0], steps[-1])
         title(ax, text)
         legend(ax)
     return figure

@@ -26,6 +26,7 @@ SMALL = [
 ]
 PAGES = (
     "own_reward.md",
+    "panel.md",
     "own_prompts.md",
     "own_base.md",
     "data.md",

@@ -10,6 +10,7 @@ Callers hold handles and figures, never pictures, latents or weights; `pixels` i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,10 +134,13 @@ def make_learner(recipe: Recipe) -> AlignmentLearner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """Scores of one group by judge, and the statistics of its pictures, if asked for."""
+    """Scores of one group by judge, the seconds each took, and, if asked for, the statistics of its
+    pictures.
+    """
 
     scores: Mapping[str, tuple[Score, ...]]
     figures: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 def samples_of(prompt: Prompt, pixels: np.ndarray) -> list[Sample]:
@@ -172,8 +176,13 @@ class RewardWorker:
         """Scores and statistics of one group."""
         pixels = rollouts.pixels.numpy()
         samples = samples_of(rollouts.ref.prompt, pixels)
-        scores = {n: tuple(run_judge(j, samples, self.retries)) for n, j in self.judges.items()}
-        return Judged(scores=scores, figures=_statistics(pixels) if self.statistics else {})
+        scores, seconds = {}, {}
+        for name, judge in self.judges.items():
+            began = time.monotonic()
+            scores[name] = tuple(run_judge(judge, samples, self.retries))
+            seconds[name] = time.monotonic() - began
+        figures = _statistics(pixels) if self.statistics else {}
+        return Judged(scores=scores, figures=figures, seconds=seconds)
 
 
 def _statistics(pixels: np.ndarray) -> dict[str, float]:
@@ -194,4 +203,5 @@ def assemble_scores(cards: tuple[JudgeCard, ...], groups: Sequence[Judged]) -> S
         judges=cards,
         table={c.name: tuple(g.scores[c.name] for g in groups) for c in cards},
         figures={name: tuple(g.figures[name] for g in groups) for name in names},
+        seconds={c.name: sum(g.seconds.get(c.name, 0.0) for g in groups) for c in cards},
     )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines import report
-from rlhf import plots
+from rlhf import panel_plots, plots
 from rlhf.errors import ConfigError
 from rlhf.metrics import write_rows
 from rlhf.run import Run
@@ -181,7 +181,9 @@ def test_absent_values_leave_gaps_and_are_not_zero():
     ]
     steps, values = plots.series(rows, "loss")
     assert steps.tolist() == [1, 4] and values.tolist() == [2, 4]
-    assert plots.rewards(rows) is None and plots.heldout(rows) is None and plots.gains({}) is None
+    nobody = panel_plots.Panel.of(rows)
+    assert panel_plots.rewards(rows) is None and panel_plots.heldout(rows, nobody) is None
+    assert panel_plots.gains({}, nobody) is None
 
 
 def test_smoothing_keeps_a_constant_and_lags_a_step():

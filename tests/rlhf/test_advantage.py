@@ -311,3 +311,20 @@ def test_watching_judges_have_no_say_and_figures_of_their_own():
     for weights, required in ((TWO, ()), (ONE, ("b",))):
         with pytest.raises(ConfigError, match="'b'"):
             run(scores(a=A, b=B), weights, CATEGORIES, required=required, watch=("b",))
+
+
+def test_means_and_dropped_groups_by_category():
+    given = scores(a=[[1, 2, 6], [5, 5, 5]], b=[[0, 1, 2], ["na"] * 3])
+    kinds = ("objects", "text")
+    weights = {"objects": {"a": 1.0, "b": 1.0}, "text": {"a": 1.0}}
+    _, report = run(given, weights, kinds, watch=())
+    metrics = report.metrics
+    assert metrics["reward/a/mean/objects"] == 3 and metrics["reward/a/mean/text"] == 5
+    assert metrics["reward/b/mean/objects"] == 1 and "reward/b/mean/text" not in metrics
+    assert metrics["reward/total/objects"] == 2 and metrics["reward/total/text"] == 5
+    assert metrics["reward/total"] == pytest.approx(3.5)
+    dropped = {name for name in metrics if name.startswith("advantage/dropped/")}
+    assert dropped == {"advantage/dropped/text/flat_high"}
+    assert metrics["advantage/dropped/text/flat_high"] == 1
+    _, watched = run(given, {"*": {"a": 1.0}}, kinds, watch=("b",))
+    assert watched.metrics["watch/b/mean/objects"] == 1

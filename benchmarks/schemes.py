@@ -1,0 +1,154 @@
+"""The same alignment under each scheme of combining judges (`rlhf.advantage`).
+
+    python -m benchmarks.schemes                          # every scheme, seed 0; again to continue
+    python -m benchmarks.schemes --seeds 0 1 2 iterations=20
+    python -m benchmarks.schemes --draw                   # table and figure of what is done
+
+One run for each scheme and seed of `--config` with the given overrides: the same prompts, initial
+latents, noise and weights. Writes benchmarks/results/schemes/<scheme>-seed<k>.{jsonl,result.json,
+yaml}, table.md and benchmarks/results/schemes.png. A run that is there is not computed again.
+
+The table has the guided held-out gains of each scheme: what the oracle says, then what the judges
+that trained say, by category; with several seeds the mean and the range over seeds, with one the
+95% interval over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from benchmarks.curves import keep
+from pipelines import align
+from rlhf import config, plots
+from rlhf.advantage import Scheme
+from rlhf.files import atomic_write_text
+from rlhf.panel_plots import Held, Panel
+from rlhf.plan import Config
+from rlhf.run import Run
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+Gain = Mapping[str, float | int]
+Done = dict[str, list[Run]]  # scheme -> one run per seed
+
+
+def finished(name: str, scheme: str, seed: int, overrides: Sequence[str]) -> Run:
+    """The run of a scheme, found, continued or made. Raises ConfigError."""
+    own = [f"scheme={scheme}", f"seed={seed}", f"name={scheme}-seed{seed}"]
+    given = config.load(Config, name, [*overrides, *own], "align")
+    run = Run(Path(given.runs) / given.name)
+    if not (run.root / "result.json").is_file():
+        align.run(given, run.root if run.config_path.is_file() else None)
+    return run
+
+
+def gains(runs: Sequence[Run]) -> tuple[Panel, dict[Held, list[Gain]]]:
+    """The guided held-out figures of runs with the same judges: one gain per run."""
+    panel = Panel.of([row for run in runs for row in run.rows()])
+    out: dict[Held, list[Gain]] = {}
+    for run in runs:
+        metrics: Mapping[str, Any] = (run.read_json("result.json") or {}).get("metrics", {})
+        for name, metric in metrics.items():
+            held = Held.of(name, panel)
+            if held is not None and not held.setting and "gain" in metric:
+                out.setdefault(held, []).append(metric)
+    return panel, out
+
+
+def spread(found: Sequence[Gain]) -> tuple[float, float, float]:
+    """Mean gain, and its range over seeds; the 95% interval over prompts of a single one."""
+    values = [metric["gain"] for metric in found]
+    if len(values) == 1:
+        return values[0], found[0]["low"], found[0]["high"]
+    return sum(values) / len(values), min(values), max(values)
+
+
+def share(runs: Sequence[Run], judge: str) -> str:
+    """Mean of a judge's share of the advantage."""
+    rows = [row for run in runs for row in run.rows()]
+    _, values = plots.series(rows, f"advantage/share/{judge}")
+    return f"{values.mean():.2f}" if len(values) else ""
+
+
+def table(done: Done) -> str:
+    """Markdown: a line per category and measure and per judge's share, a column per scheme."""
+    panel, _ = gains([run for runs in done.values() for run in runs])
+    found = {scheme: gains(runs)[1] for scheme, runs in done.items()}
+    every = dict.fromkeys(held for own in found.values() for held in own)
+    order = sorted(every, key=lambda h: (h.category, panel.order(h.measure)))
+    lines = ["| held-out gain | " + " | ".join(done) + " |", "|---" * (1 + len(done)) + "|"]
+    for held in order:
+        cells = []
+        for own in found.values():
+            value, low, high = spread(own[held]) if held in own else (None, 0.0, 0.0)
+            cells.append("" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"| {held.category}: {panel.label(held.measure)} | {' | '.join(cells)} |")
+    for judge in panel.trains:
+        cells = [share(runs, judge) for runs in done.values()]
+        if any(cells):
+            lines.append(f"| share of the advantage: {judge} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(done: Done, path: Path) -> None:
+    """A panel for each category: gains by measure, a colour per scheme."""
+    panel, every = gains([run for runs in done.values() for run in runs])
+    found = {scheme: gains(runs)[1] for scheme, runs in done.items()}
+    kinds = sorted({held.category for held in every})
+    figure, axes = plots.grid(len(kinds), len(kinds), 0.5 * len({h.measure for h in every}) + 1)
+    for ax, kind in zip(axes, kinds, strict=True):
+        own = sorted((h for h in every if h.category == kind), key=lambda h: panel.order(h.measure))
+        for k, scheme in enumerate(done):
+            colour = plots.COLOURS[k % len(plots.COLOURS)]
+            for row, held in enumerate(own):
+                if held in found[scheme]:
+                    value, low, high = spread(found[scheme][held])
+                    y = row + 0.22 * (k - (len(done) - 1) / 2)
+                    ax.plot([low, high], [y, y], color=colour, lw=1.2)
+                    ax.plot(value, y, "o", color=colour, ms=5, label=scheme * (row == 0))
+        ax.axvline(0, color=plots.MUTED, lw=0.8)
+        ax.set_yticks(range(len(own)), [panel.label(h.measure) for h in own], fontsize=8)
+        ax.set_ylim(len(own) - 0.5, -0.5)
+        plots.title(ax, f"{kind}: held-out gain")
+    plots.legend(axes[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run what is missing, then write table and figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, as for rlhf align")
+    parser.add_argument("--config", default="align/judges")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", default="runs/schemes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="only what is done")
+    asked = parser.parse_args()
+    done: Done = {}
+    for scheme in asked.schemes:
+        for seed in asked.seeds:
+            root = Path(asked.runs) / f"{scheme}-seed{seed}"
+            if asked.draw and not (root / "result.json").is_file():
+                continue
+            given = [*asked.overrides, f"runs={asked.runs}"]
+            run = Run(root) if asked.draw else finished(asked.config, scheme, seed, given)
+            keep(run, asked.out / "schemes")
+            done.setdefault(scheme, []).append(run)
+    atomic_write_text(asked.out / "schemes" / "table.md", table(done))
+    draw(done, asked.out / "schemes.png")
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main()
