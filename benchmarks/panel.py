@@ -1,7 +1,7 @@
 """What a panel of judges costs an alignment run: by the run's own timers, and bare.
 
     python -m benchmarks.panel
-    python -m benchmarks.panel --config align/judges --iterations 8 'judges=[...]'
+    python -m benchmarks.panel --config align/scenes --iterations 8 'judges=[...]'
 
 The run: `panel/share` is what the judges that train worked in an iteration, in seconds of their
 worker (`seconds/judge/<name>`), over `seconds/total`, as if nothing ran beside them; it is the
@@ -137,7 +137,7 @@ def main() -> int:
     """Measure, write, print; 1 where the panel costs more than the bar."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="key=value, as for rlhf align")
-    parser.add_argument("--config", default="align/judges")
+    parser.add_argument("--config", default="align/scenes")
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--groups", type=int, default=12, help="of each category, bare")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/panel.json"))

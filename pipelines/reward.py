@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rewards import panel
 from rewards.benchmark.calibration import fit_temperature
 from rewards.errors import DataError
 from rewards.judge import Judge
@@ -47,6 +48,8 @@ from rlhf.learner import Learner, LearnerConfig
 from rlhf.run import Run
 from rlhf.training import Average, Pace, open_run
 from rlhf.training import train as train_loop
+
+NOISE_GROUPS = 32  # prompts on whose pictures a judge's noise is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +298,9 @@ def agreement(judges: Mapping[str, Judge], held: Sequence[Judgement]) -> dict[st
 
 
 def calibrated(judge: Any, held: Sequence[Judgement]) -> Any:
-    """The judge with a calibration fitted to ratings and a temperature fitted to comparisons."""
+    """The judge with a calibration fitted to ratings, a temperature fitted to comparisons, and the
+    noise of its scores.
+    """
     rows = [row for row in held if row.axis == judge.card.name]
     points = [row for row in rows if row.kind == "point"]
     lists = [row for row in rows if row.kind != "point"]
@@ -314,7 +319,23 @@ def calibrated(judge: Any, held: Sequence[Judgement]) -> Any:
         temperature = fit_temperature(np.array(gaps), np.array(labels))
         card = replace(card, temperature=temperature)
     judge.card = card
+    judge.card = replace(card, noise_floor=noise_of(judge, lists[:NOISE_GROUPS]))
     return judge
+
+
+def noise_of(judge: Judge, lists: Sequence[Judgement]) -> float:
+    """Spread of a judge's scores inside a prompt under changes that nobody sees (`panel.noise`),
+    over the prompts for which it never failed; 0 without any.
+    """
+    tables = []
+    for row in lists:
+        pixels = np.stack(row.images)
+        columns = [row.images, *panel.harmless(pixels).values()]
+        scores = [judge.score(replace(row, images=tuple(c)).samples()) for c in columns]
+        values = [[s.value for s in column] for column in scores]
+        if all(v is not None for column in values for v in column):
+            tables.append(np.array(values, float).T)
+    return panel.noise(tables) or 0.0
 
 
 def plan_train(config: TrainConfig) -> str:

@@ -81,7 +81,6 @@ def _train(config: TowersConfig, home: Run, ranks: Ranks) -> dict[str, Any]:
     made = open_towers(str(fresh))
     objective = AspectsObjective(made, config.seed)
     learned = {n: p for n, p in made.named_parameters() if n.startswith("clip.visual.")}
-    learned |= {f"aspects.{n}": p for n, p in objective.named_parameters()}
     made.train()
 
     def preview(step: int, average: Average | None) -> dict[str, float]:

@@ -175,7 +175,9 @@ RIGHTLY = {  # a source left alone is consistent, and no uglier than its edit
 
 
 def canaries(samples: Sequence[Sample], axis: str = "") -> dict[str, Canary]:
-    """All canaries that an axis, taken alone, may not like; the swapped prompt takes others' among `samples`."""
+    """All canaries that an axis, taken alone, may not like; the swapped prompt takes others' among
+    `samples`.
+    """
     found = {name: one for name, one in CANARIES.items() if name not in RIGHTLY.get(axis, ())}
     return found | {"swapped_prompt": lambda sample: swapped_prompt(sample, samples)}
 

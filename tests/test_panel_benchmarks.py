@@ -26,8 +26,8 @@ def test_the_share_is_what_those_that_train_worked_of_an_iteration():
 def test_a_panel_is_timed_as_a_worker_asks_it_and_alone_without_help(tmp_path, monkeypatch):
     towers = tiny_towers(tmp_path / "towers")
     judges = {axis: tiny_judge(towers, axis) for axis in ("aesthetics", "fidelity", "consistency")}
-    seen, original = [], towers._image_tokens
-    monkeypatch.setattr(towers, "_image_tokens", lambda p: seen.append(len(p)) or original(p))
+    seen, original = [], towers._see
+    monkeypatch.setattr(towers, "_see", lambda p: seen.append(len(p)) or original(p))
     groups = [panel.group("objects", 2, seed, 4) for seed in range(3)]
     first = groups[0][0].image
     assert not any((first == sample.image).all() for sample in groups[0][1:])

@@ -1,5 +1,5 @@
-"""What teaches a fresh image tower to see: it predicts the long form that annotators of the scenes
-world fill in about a picture (`rewards.scenes.aspects`), off its pooled features.
+"""What teaches a fresh image tower to see: its pooled features become the long form that annotators
+of the scenes world fill in about a picture (`rewards.scenes.aspects`), value by value.
 
 A rating is one number about a picture, and a fresh tower learns little from it for a long time; a
 form is dozens.
@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewards.backbones.towers import Towers
 from rewards.scenes import candidates, world
 from rewards.scenes.aspects import COUNT, SIZES, aspects
+from rlhf.errors import ConfigError
 
 SHARES: Mapping[str, float] = {
     "objects/1": 0.12,
@@ -27,18 +28,24 @@ SHARES: Mapping[str, float] = {
 SAMPLE = 2000  # pictures off which the spread of each value is read
 
 
-class AspectsObjective(nn.Module):
-    """Mean squared error of one linear map of the pooled features, in standard deviations of each
-    value; those of taste, which are few, count `taste` times. `noise`: sd of what annotators write.
+class AspectsObjective:
+    """Mean squared error of the pooled features, in standard deviations of each value; those of
+    taste, which are few, count `taste` times. `noise`: sd of what annotators write.
+
+    Features that mean one thing each are what heads learn fastest from: any other basis of the same
+    ones costs them steps.
     """
 
     def __init__(
         self, towers: Towers, seed: int, *, noise: float = 0.05, taste: float = 4.0
     ) -> None:
-        super().__init__()
         self.seed, self.noise = seed, noise
-        self.read = nn.Linear(towers.sizes.pooled_width, COUNT)
-        self._towers = [towers]  # in a list: its parameters are not this module's
+        if towers.sizes.pooled_width != COUNT:
+            raise ConfigError(
+                f"shape.embed: expected {COUNT}, one for each value of a form, got"
+                f" {towers.sizes.pooled_width}"
+            )
+        self.towers = towers
         _, values, asked = self.forms(0, SAMPLE, "train")
         known = np.ma.masked_array(values, ~asked)
         self.mean = torch.from_numpy(known.mean(0).filled(0.0)).float()
@@ -63,13 +70,13 @@ class AspectsObjective(nn.Module):
 
     def predict(self, pictures: list[np.ndarray]) -> Tensor:
         """Forms (B, COUNT) in standard deviations off the mean."""
-        return self.read(self._towers[0].see(pictures)[1]).float()
+        return self.towers.see(pictures)[1].float()
 
     def standard(self, values: np.ndarray) -> Tensor:
         """Values of forms in standard deviations off the mean."""
         return (torch.from_numpy(values).float() - self.mean) / self.sd
 
-    def forward(self, step: int, count: int) -> Tensor:
+    def __call__(self, step: int, count: int) -> Tensor:
         """Of `count` pictures drawn for a step."""
         pictures, values, asked = self.forms(step, count, "train")
         rng = np.random.default_rng([self.seed, 59, step])

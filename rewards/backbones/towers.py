@@ -61,7 +61,7 @@ class Shape:
 
     trunk: str = "small_resnet"
     stage: int = 2
-    embed: int = 192
+    embed: int = 152  # pooled features: one for each value of `rewards.scenes.aspects`
     side: int = 64
     patch: int = 16
     width: int = 192

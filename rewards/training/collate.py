@@ -29,6 +29,7 @@ class Labels:
     point: Int[Tensor, " p"]
     rating: Float[Tensor, " p"]  # as a share of the scale, in [0, 1]
     point_weight: Float[Tensor, " p"]
+    point_prompt: Int[Tensor, " p"]  # equal for ratings of one prompt's pictures
     first: Int[Tensor, " q"]
     second: Int[Tensor, " q"]
     preference: Float[Tensor, " q"]
@@ -71,6 +72,7 @@ def _shares(weights: list[float]) -> Tensor:
 def collate(judgements: Sequence[Judgement]) -> LabelledBatch:
     """One batch. The comparisons of a rank share the weight of one pair."""
     collector, rows = _Collector(), {}
+    prompts: dict[str, int] = {}
     masks: dict[int, object] = {}
     for judgement in judgements:
         points, pairs = rows.setdefault(judgement.axis, ([], []))
@@ -80,7 +82,9 @@ def collate(judgements: Sequence[Judgement]) -> LabelledBatch:
         weight = judgement.confidence
         if judgement.kind == "point":
             share = (judgement.ratings[0] - judgement.low) / (judgement.high - judgement.low)
-            points.append((index[0], share, weight))
+            points.append(
+                (index[0], share, weight, prompts.setdefault(judgement.group, len(prompts)))
+            )
         comparisons = judgement.pairs()
         for i, j, preference in comparisons:
             pairs.append((index[i], index[j], preference, weight / len(comparisons)))
@@ -90,6 +94,7 @@ def collate(judgements: Sequence[Judgement]) -> LabelledBatch:
             point=torch.tensor([p[0] for p in points], dtype=torch.long),
             rating=torch.tensor([p[1] for p in points], dtype=torch.float32),
             point_weight=_shares([p[2] for p in points]),
+            point_prompt=torch.tensor([p[3] for p in points], dtype=torch.long),
             first=torch.tensor([p[0] for p in pairs], dtype=torch.long),
             second=torch.tensor([p[1] for p in pairs], dtype=torch.long),
             preference=torch.tensor([p[2] for p in pairs], dtype=torch.float32),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,6 +59,16 @@ def bradley_terry(
     """
     z, y = _live(z, weight), _live(preference, weight)
     return _sum(-y * F.logsigmoid(z - margin) - (1 - y) * F.logsigmoid(-z - margin), weight)
+
+
+def within_prompts(error: Float[Tensor, " b"], prompt: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Mean of (error_i - error_j)^2 over pairs of ratings of one prompt: what a score that is too
+    high for all of its pictures alike does not pay for. 0 without a pair.
+    """
+    error = _wide(error)
+    pairs = (prompt[:, None] == prompt[None]).float().triu(1)
+    squares = (error[:, None] - error[None]).square()
+    return (squares * pairs).sum() / pairs.sum().clamp_min(1.0)
 
 
 def positive(raw: Float[Tensor, ""], floor: float = 1e-3) -> Float[Tensor, ""]:

@@ -30,20 +30,22 @@ class RewardLoss:
     mse: (E - rating)^2 (arXiv:2606.27608). ordinal: cross-entropy of the rating's neighbouring
     levels. bradley-terry, rao-kupper, davidson: of z = a (E_1 - E_2) with a learnt a > 0; the last
     two know ties. thurstone: both pictures' levels as normal scores with the variance that the
-    logits give them.
+    logits give them. `within_weight`: of the squared error of the difference between the ratings
+    of two pictures of one prompt, which is what a group's advantages are made of.
     """
 
     point: Literal["mse", "ordinal"] = "mse"
     pair: Literal["bradley-terry", "rao-kupper", "davidson", "thurstone"] = "bradley-terry"
     point_weight: float = 1.0
     pair_weight: float = 0.5
+    within_weight: float = 0.0
     margin: float = 0.0  # of bradley-terry, in logits
 
     def check(self) -> None:
-        if min(self.point_weight, self.pair_weight) < 0 or not self.point_weight + self.pair_weight:
+        weights = (self.point_weight, self.pair_weight, self.within_weight)
+        if min(weights) < 0 or not sum(weights):
             raise RewardConfigError(
-                f"loss: expected weights >= 0, one of them above, got {self.point_weight} and"
-                f" {self.pair_weight}"
+                f"loss: expected weights >= 0, one of them above, got {weights}"
             )
 
 
@@ -80,10 +82,12 @@ class Objective(nn.Module):
     def axis_loss(self, axis: str, logits: Tensor, labels: Labels, place: Tensor) -> Tensor:
         """Of one axis; `place` maps samples of the batch to rows of `logits`."""
         loss = logits.sum() * 0.0
-        if len(labels.point) and self.config.point_weight:
+        if len(labels.point):
             rows, rating = logits[place[labels.point]], 1 + labels.rating * (logits.shape[-1] - 1)
             found = self._point(rows, rating, labels.point_weight)
             loss = loss + self.config.point_weight * found
+            found = losses.within_prompts(expectation(rows) - rating, labels.point_prompt)
+            loss = loss + self.config.within_weight * found
         if len(labels.first) and self.config.pair_weight:
             first, second = logits[place[labels.first]], logits[place[labels.second]]
             found = self._pair(axis, first, second, labels)

@@ -134,6 +134,7 @@ def test_a_killed_run_ends_in_the_same_judges(judgements, made, tmp_path):
     judge = load_judge(str(folders[0] / "fidelity"))
     scores = run_judge(judge, [sample_of("objects", 1), sample_of("edits", 1)])
     assert [s.state for s in scores] == ["ok", "na"]
+    assert 0 < cards[0]["card"]["noise_floor"] < 0.2
     assert "fidelity" in (folders[0] / "fidelity" / "README.md").read_text()
 
 
@@ -192,6 +193,11 @@ def test_a_form_is_scored_by_the_variance_that_it_explains(made):
     flat = objective.standard(np.tile(values.mean(0), (len(values), 1)))
     objective.predict = lambda _: flat
     assert all(v == pytest.approx(0.0, abs=1e-4) for v in explained(objective, 40).values())
+
+
+def test_towers_whose_features_are_no_form_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="one for each value"):
+        towers(small(tmp_path, shape=replace(SHAPE, embed=40)))
 
 
 def test_a_vision_language_judge_is_trained_by_the_same_program(judgements, made, tmp_path):

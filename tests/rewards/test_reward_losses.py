@@ -19,6 +19,7 @@ from rewards.training.losses import (
     rao_kupper,
     thresholds,
     thurstone,
+    within_prompts,
 )
 
 B = 6
@@ -33,11 +34,13 @@ WEIGHT = draw(B, seed=9).abs() + 0.1
 Y = torch.tensor([0.0, 0.5, 1.0, 0.2, 0.8, 1.0], dtype=torch.float64)
 RATING = torch.tensor([1.0, 5.0, 3.0, 2.4, 4.5, 1.2], dtype=torch.float64)
 RANKS = torch.tensor([[1.0, 2, 3], [2, 1, 2], [1, 1, 1], [2, 1, 0], [1, 1, 0], [3, 1, 2]]).double()
+PROMPTS = torch.tensor([0, 1, 0, 1, 1, 2])
 VAR = [draw(B, seed=s).square() + 0.2 for s in (3, 4)]
 
 # name -> (function of the tensors that carry a gradient, those tensors)
 CASES = {
     "mse": (lambda x: mse_expectation(x, RATING, WEIGHT), [draw(B, 5)]),
+    "within_prompts": (lambda x: within_prompts(x, PROMPTS), [draw(B)]),
     "bradley_terry": (lambda z: bradley_terry(z, Y, WEIGHT, margin=0.3), [draw(B)]),
     "rao_kupper": (
         lambda z, k: rao_kupper(z, Y, positive(k), WEIGHT),
@@ -301,3 +304,11 @@ def test_prompts_count_the_same_however_often_they_were_judged():
     weight = prompt_weights(["a", "b", "a", "a"])
     torch.testing.assert_close(weight, torch.tensor([2 / 3, 2.0, 2 / 3, 2 / 3]))
     assert weight.mean().item() == pytest.approx(1) and prompt_weights([]).shape == (0,)
+
+
+def test_an_error_that_all_pictures_of_a_prompt_share_is_free_within_it():
+    error = torch.tensor([1.0, 5.0, 3.0, 5.0, 5.0, -7.0])
+    assert float(within_prompts(error, PROMPTS)) == pytest.approx((3 - 1) ** 2 / 4)  # of 4 pairs
+    shift = torch.tensor([10.0, 20.0, 30.0])[PROMPTS]
+    assert torch.allclose(within_prompts(error + shift, PROMPTS), within_prompts(error, PROMPTS))
+    assert float(within_prompts(error[:2], PROMPTS[:2])) == 0

@@ -23,6 +23,7 @@ from rewards.training.heads import (
     Sizes,
     Tokens,
     make_head,
+    normal_levels,
 )
 from rewards.training.losses import expectation
 from tests.rewards.towers_tiny import SHAPE, sample_of, tiny_judge, tiny_towers
@@ -249,3 +250,14 @@ def test_image_towers_of_three_makes_give_tokens_and_features(tmp_path, trunk, s
 def test_small_resnet_has_no_published_weights():
     with pytest.raises(ValueError, match="no published weights"):
         timm.create_model("small_resnet", pretrained=True)
+
+
+def test_a_normal_score_is_expected_at_its_mean_and_keeps_a_gradient():
+    numbers = torch.tensor([[0.0, 0.0], [0.5, -2.0], [-0.5, -1.0]], requires_grad=True)
+    logits = normal_levels(numbers, 5)
+    assert torch.allclose(expectation(logits), torch.tensor([3.0, 4.0, 2.0]), atol=0.12)
+    sure = normal_levels(torch.tensor([[0.5, -20.0]], requires_grad=True), 5)
+    assert float(sure.softmax(-1)[0, 3].detach()) > 0.99  # all mass on 4, and yet
+    one = torch.tensor([[0.5, -2.0]], requires_grad=True)
+    expectation(normal_levels(one, 5)).sum().backward()
+    assert one.grad is not None and float(one.grad[0, 0]) > 0.5

@@ -48,8 +48,8 @@ def test_judges_of_one_reward_worker_pay_for_a_picture_once(tiny_base, folders, 
     towers = {id(judge.model.towers) for judge in worker.judges.values()}
     assert len(towers) == 1
     shared = shared_towers(str(Path(folders[0]).parent / "towers"))
-    seen, original = [], shared._image_tokens
-    monkeypatch.setattr(shared, "_image_tokens", lambda p: seen.append(len(p)) or original(p))
+    seen, original = [], shared._see
+    monkeypatch.setattr(shared, "_see", lambda p: seen.append(len(p)) or original(p))
     judged = worker.score(cluster._held[refs[0].id])
     states = {name: {s.state for s in scores} for name, scores in judged.scores.items()}
     assert states == {"aesthetics": {"ok"}, "fidelity": {"ok"}, "portrait": {"na"}}
