@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal
 
 from rewards.training import losses
+from rewards.training.collate import Labels
 from rewards.training.losses import (
     bradley_terry,
     cumulative_link,
@@ -20,6 +22,7 @@ from rewards.training.losses import (
     thresholds,
     thurstone,
 )
+from rewards.training.objective import Objective, RewardLoss
 
 B = 6
 ONE = torch.ones(1)
@@ -301,3 +304,22 @@ def test_prompts_count_the_same_however_often_they_were_judged():
     weight = prompt_weights(["a", "b", "a", "a"])
     torch.testing.assert_close(weight, torch.tensor([2 / 3, 2.0, 2 / 3, 2 / 3]))
     assert weight.mean().item() == pytest.approx(1) and prompt_weights([]).shape == (0,)
+
+
+@pytest.mark.parametrize("pair", ["bradley-terry", "rao-kupper", "davidson", "thurstone"])
+@pytest.mark.parametrize("point", ["mse", "ordinal"])
+def test_labels_follow_the_logits_to_their_device(pair, point):
+    """Without a device at hand: tensors that only know where they are refuse to be mixed."""
+    with FakeTensorMode():
+        objective = Objective(["a"], RewardLoss(pair=pair, point=point)).to("cuda")
+        labels = Labels(
+            point=torch.tensor([0, 1]),
+            rating=torch.tensor([0.2, 0.8]),
+            point_weight=torch.tensor([0.5, 0.5]),
+            first=torch.tensor([0]),
+            second=torch.tensor([1]),
+            preference=torch.tensor([1.0]),
+            pair_weight=torch.tensor([1.0]),
+        )
+        loss = objective.axis_loss("a", torch.zeros(2, 5, device="cuda"), labels, torch.arange(2))
+        assert loss.device.type == "cuda"
