@@ -181,7 +181,7 @@ def _train(
 ) -> dict[str, Any]:
     began = time.monotonic()
     family = open_family(config)
-    objective = Objective(family.heads, config.loss)
+    objective = Objective(family.heads, config.loss).to(config.device)
     learned = family.learned() | {f"loss.{n}": p for n, p in objective.named_parameters()}
     held = [row for i in range(min(config.held, len(dev))) for row in dev[i]]
 

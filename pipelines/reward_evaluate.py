@@ -19,6 +19,7 @@ from rich.console import Console
 
 from rewards.benchmark.measure import CANARY_BAR, Findings, Metric, Settings, measure
 from rewards.benchmark.rows import Bench, bench, read_judgements
+from rewards.errors import DataError
 from rewards.judge import Judge, load_judge
 from rlhf import judge_plots, markup
 from rlhf.errors import ConfigError
@@ -39,8 +40,8 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """`judges`: names as `rewards.judge.load_judge` takes them. `data`: a folder of dev-*.parquet
-    and test-*.parquet.
+    """`judges`: names as `rewards.judge.load_judge` takes them. `data`: judgements as `rlhf reward
+    train` takes them, with splits dev and test.
 
     A judge is measured on the axis of its own last name ("oracle/fidelity": fidelity), or on the
     one that `axes` gives it. `margin` says which differences of gold are clear: one standard
@@ -97,7 +98,7 @@ def load(config: EvaluateConfig) -> dict[str, Judge]:
     if not config.judges or not config.data:
         raise ConfigError(
             "expected judges and data: write judges='[oracle/fidelity]' data=FOLDER, the folder of"
-            " dev-*.parquet and test-*.parquet"
+            " dev-*.parquet and test-*.parquet, or a .jsonl file"
         )
     judges: dict[str, Judge] = {}
     for spec in config.judges:
@@ -109,14 +110,11 @@ def load(config: EvaluateConfig) -> dict[str, Judge]:
 
 
 def split(config: EvaluateConfig, name: str, axis: str) -> Bench:
-    """The rows of a split and axis. Raises ConfigError without any, DataError."""
-    rows = read_judgements(config.data, name, axis, config.most)
-    if not rows:
-        raise ConfigError(
-            f"expected rows of axis {axis!r} in {config.data}/{name}-*.parquet, got none: write"
-            " axes='{JUDGE: AXIS}' with an axis of the data"
-        )
-    return bench(rows)
+    """The rows of a split and axis. Raises DataError."""
+    try:
+        return bench(read_judgements(config.data, name, axis, config.most))
+    except DataError as error:
+        raise DataError(f"{error}. (axes='{{JUDGE: AXIS}}' says whose rows are whose)") from error
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def run_judge(judge: Judge, samples: Sequence[Sample], retries: int = 1) -> list
 def _to_score(value: object) -> Score:
     if value is None:
         return not_applicable("the function returned None")
+    if value is np.ma.masked:  # as a number it would be 0
+        return failed("the function masked it")
     if hasattr(value, "item"):  # a zero-dimensional array or tensor
         value = value.item()  # type: ignore[attr-defined]
     if isinstance(value, bool | Real) and math.isfinite(value):

@@ -1,9 +1,8 @@
 """Judges that were trained: a folder with a card, heads, and the name of the towers they stand on.
 
-    card.json           {"family": "towers", "axis": ..., "towers": folder or hub id, "heads": ...,
-                         "card": the JudgeCard}
+    card.json           {"family": "towers", "axis": ..., "towers": folder or hub id, "heads": ...}
+                        and what every judge has (`rewards.folder`)
     heads.safetensors   "<head>.<parameter>"
-    README.md           what it was trained on, and how well it does
 
 Of family "vlm", see `rewards.backbones.vlm`. What is particular to one of the five judges is in the
 file of its name; any other axis is `TowersJudge` as it stands.
@@ -11,7 +10,6 @@ file of its name; any other axis is `TowersJudge` as it stands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -20,19 +18,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rewards import golden
 from rewards.backbones.limits import DOWNSCALED, TRUNCATED
 from rewards.backbones.towers import Towers, open_towers
 from rewards.errors import RewardConfigError
+from rewards.folder import read_card, read_weights, write_folder
 from rewards.judge import Judge
 from rewards.training.heads import HeadConfig, Tokens, make_head
 from rewards.training.losses import expectation
-from rewards.types import Calibration, JudgeCard, Sample, Score, card_of
+from rewards.types import Calibration, JudgeCard, Sample, Score, card_of, failed
 
 SHIPPED = Path(__file__).parent / "assets" / "judges"
-CARD, HEADS = "card.json", "heads.safetensors"
+HEADS = "heads.safetensors"
 CHUNK = 64  # pictures in one call
 KINDS = {
     "aesthetics": "Aesthetics",
@@ -146,13 +145,19 @@ class TowersJudge:
         for start in range(0, len(samples), CHUNK):
             part = samples[start : start + CHUNK]
             with torch.no_grad():
-                said = self.model(part)
+                said = {name: v.float().cpu() for name, v in self.model(part).items()}
             for i, sample in enumerate(part):
-                raw, parts = self.answer({k: v[i] for k, v in said.items()}, sample)
-                value = self.card.calibration(raw)
-                flags = self.flags(sample)
-                out.append(Score(value=value, parts={"raw": raw, **parts}, flags=flags))
+                out.append(self._judged({name: v[i] for name, v in said.items()}, sample))
         return out
+
+    def _judged(self, said: Mapping[str, Tensor], sample: Sample) -> Score:
+        """One score; `failed` where a head does not answer in numbers, whatever the others say."""
+        broken = [name for name, logits in said.items() if not bool(logits.isfinite().all())]
+        if broken:
+            return failed(f"what the heads {', '.join(broken)} say is not finite")
+        raw, parts = self.answer(said, sample)
+        value = self.card.calibration(raw)
+        return Score(value=value, parts={"raw": raw, **parts}, flags=self.flags(sample))
 
     def answer(
         self, said: Mapping[str, Tensor], sample: Sample
@@ -191,9 +196,22 @@ def level(logits: Tensor) -> float:
 # --- folders -------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
+def towers_at(source: str, folder: Path = Path()) -> str:
+    """For `open_towers`: "scenes" are those that ship; else a path seen from `folder`, a hub id."""
+    if source == "scenes":
+        return str(SHIPPED / "towers")
+    return str((folder / source).resolve()) if (folder / source).is_dir() else source
+
+
 def shared_towers(source: str) -> Towers:
-    """Towers by folder or hub id, opened once in a process."""
+    """Towers by folder or hub id, opened once in a process and again where their files changed."""
+    files = [p for p in Path(source).glob("*") if p.is_file()] if Path(source).is_dir() else []
+    stamps = ((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(files))
+    return _towers_as_of(source, tuple(stamps))
+
+
+@lru_cache(maxsize=4)
+def _towers_as_of(source: str, stamps: tuple[object, ...]) -> Towers:
     return open_towers(source)
 
 
@@ -204,20 +222,6 @@ def kind_of(axis: str) -> type[TowersJudge]:
     return getattr(import_module(f"rewards.{axis}"), KINDS[axis])
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """card.json of a judge's folder. Raises RewardConfigError for one that is missing or broken."""
-    try:
-        about = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if not {"card", "family"} <= set(about):
-            raise ValueError(f"it holds {sorted(about)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RewardConfigError(
-            f"expected a judge's folder with {CARD} at '{folder}', got {type(error).__name__}:"
-            f" {error}: train one with `rlhf reward train`"
-        ) from error
-    return about
-
-
 def save_judge(
     folder: Path,
     judge: TowersJudge,
@@ -225,23 +229,31 @@ def save_judge(
     readme: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a judge's folder; `towers` is a hub id or the path of their folder seen from it."""
+    """Write a judge's folder; `towers` is "scenes", a hub id, or a path seen from it.
+
+    Raises:
+        RewardConfigError: the folder exists.
+        JudgeError: the judge does not answer.
+    """
     heads = {k: asdict(v) for k, v in judge.model.configs.items()}
     about: dict[str, Any] = {"family": "towers", "axis": judge.axis, "towers": towers}
     about |= {"heads": heads, "settings": judge.settings}
-    about["card"] = asdict(judge.card)
-    weights = judge.model.heads.state_dict()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.to(dtype).contiguous() for k, v in weights.items()}, folder / HEADS)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    (folder / CARD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    weights = {k: v.to(dtype) for k, v in judge.model.heads.state_dict().items()}
+    written = {**about, "card": asdict(judge.card)}
+
+    def reopen(part: Path) -> TowersJudge:
+        local = Path(towers_at(towers, part)).is_dir()  # as they were rounded, if they were
+        return _of_card(part, written, None if local else judge.model.towers)
+
+    write_folder(folder, about, judge.card, {HEADS: weights}, readme, reopen)
 
 
 def open_judge(folder: str | Path) -> Judge:
     """The judge in a folder.
 
     Raises:
-        RewardConfigError: no judge there, or weights that do not fit its card.
+        RewardConfigError: no judge there, weights that do not fit its card, or golden scores that
+            moved.
     """
     folder = Path(folder)
     about = read_card(folder)
@@ -249,17 +261,23 @@ def open_judge(folder: str | Path) -> Judge:
         from rewards.backbones.vlm_folder import load_vlm_judge
 
         return load_vlm_judge(folder)
-    source = str(about["towers"])
-    beside = folder / source
-    towers = shared_towers(str(beside.resolve()) if beside.is_dir() else source)
+    judge = _of_card(folder, about)
+    golden.check(judge, about.get("golden"))
+    return judge
+
+
+def _of_card(folder: Path, about: Mapping[str, Any], towers: Towers | None = None) -> TowersJudge:
+    """The judge of a folder on the towers its card names, or on these."""
+    if towers is None:
+        towers = shared_towers(towers_at(about["towers"], folder))
     model = TowersModel(towers, {k: HeadConfig(**v) for k, v in about["heads"].items()})
-    weights = load_file(folder / HEADS)
+    weights = read_weights(folder / HEADS)
     try:
         model.heads.load_state_dict({k: v.float() for k, v in weights.items()})
     except RuntimeError as error:
         raise RewardConfigError(
             f"expected the weights of {list(about['heads'])} in '{folder / HEADS}': {error}"
         ) from error
-    model.eval().requires_grad_(False)
+    model.to(towers.mean.device).eval().requires_grad_(False)
     axis, settings = about["axis"], about.get("settings", {})
     return kind_of(axis)(model, card_of(about["card"]), axis, settings)

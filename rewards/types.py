@@ -96,8 +96,8 @@ class Calibration:
             )
 
     def __call__(self, raw: float) -> float:
-        """The calibrated value of a raw one; NaN stays NaN."""
-        if not self.raw or math.isnan(raw):
+        """The calibrated value of a raw one; what is not finite stays as it is."""
+        if not self.raw or not math.isfinite(raw):
             return raw
         return float(np.interp(raw, self.raw, self.value))
 

@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from rewards.arrays import to_arrays
+from rewards.backbones.limits import count_flags
 from rewards.types import JudgeCard, Scores
 from rlhf.errors import ConfigError
 from rlhf.types import Advantages
@@ -64,8 +65,9 @@ class AdvantageReport:
     """Counts by category, and `metrics` ready for a log row.
 
     `reward/<judge>/{mean,std}` over ok scores (std is population), `{failed,na}` as shares of all
-    samples, `reward/total` = mean weighted score of samples with every applying score, higher is
-    better; the two means once more by category, as `reward/<judge>/mean/<category>` and
+    samples, `flag/<flag>` likewise (a prompt that was cut, a picture that was scaled down),
+    `reward/total` = mean weighted score of samples with every applying score, higher is better; the
+    two means once more by category, as `reward/<judge>/mean/<category>` and
     `reward/total/<category>`. `advantage/live` = share, `advantage/dropped/<category>/<why>` =
     groups (see `GroupCounts`), `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's part of
     A, over the live samples of groups in which it has a weight. For watching judges what is called
@@ -258,7 +260,8 @@ def _judge_metrics(
     for card in scores.judges:
         name = f"{'watch' if card.name in watch else 'reward'}/{card.name}"
         groups = scores.table[card.name]
-        found = to_arrays([s for group in groups for s in group])
+        flat = [s for group in groups for s in group]
+        found = to_arrays(flat)
         kinds = np.repeat(categories, [len(group) for group in groups])
         value = found.value[found.ok]
         if value.size:
@@ -270,6 +273,8 @@ def _judge_metrics(
                 metrics[f"{name}/mean/{category}"] = float(own.mean())
         for state, masked in (("failed", found.failed), ("na", found.na)):
             metrics[f"{name}/{state}"] = float(masked.sum() / max(masked.size, 1))
+        for flag, count in count_flags(flat).items():
+            metrics[f"{name}/flag/{flag}"] = count / len(flat)
     return metrics
 
 

@@ -39,6 +39,20 @@ PAGES = (
 )
 
 
+def test_every_trap_of_rewards_names_tests_that_exist() -> None:
+    """The table of docs/reward_models.md; `::name` alone is of the file before it."""
+    rows = re.findall(r"^\| (T\d+) .*?\| (.*) \|$", (DOCS / "reward_models.md").read_text(), re.M)
+    assert [name for name, _ in rows] == [f"T{i}" for i in range(1, 22)]
+    file = ""
+    for trap, cell in rows:
+        named = re.findall(r"`([\w/]*?(?:test_\w+\.py)?)::(\w+)`", cell)
+        assert named or "the same" in cell, trap
+        for given, test in named:
+            file = given or file
+            path = DOCS.parent / (file if "/" in file else f"tests/rewards/{file}")
+            assert f"def {test}(" in path.read_text(), f"{trap}: {path} has no {test}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,19 @@ SIDE, SHARE, SURE = 64, 0.01, 0.6  # px, share of the picture, detector score: f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Face:
-    """A face found: `box` is (x, y, width, height) in px, `score` the detector's in [0, 1]."""
+    """A face found: `box` is (x, y, width, height) in px, `score` the detector's in [0, 1].
+
+    Raises:
+        JudgeError: a box or score that is not finite.
+    """
 
     box: tuple[float, float, float, float]
     score: float
     vector: Float[np.ndarray, " d"]  # any length, normalised where it is compared
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*self.box, self.score))):
+            raise JudgeError(f"expected a face at a place, got {self.box} of score {self.score}")
 
 
 @runtime_checkable

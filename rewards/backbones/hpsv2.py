@@ -8,6 +8,7 @@ different scales.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pickle
 import re
@@ -15,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -27,6 +30,7 @@ from rewards.types import JudgeCard, Sample, Score, failed
 FILES: dict[str, str] = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 HUB = "xswu/HPSv2"
 ARCHITECTURE = "ViT-H-14"
+STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -92,6 +96,21 @@ def _bind(model: torch.nn.Module, weights: Mapping[str, Tensor], what: str) -> N
     model.load_state_dict(dict(weights))
 
 
+def letterbox(image: UInt8[Any, "3 _ _"], side: int) -> Float[Tensor, "3 s s"]:
+    """A picture as the published code makes it: scaled in floating point, so that what a bicubic
+    filter overshoots is kept, laid centrally on black, in CLIP's statistics.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).float() / 255
+    scale = side / max(image.shape[1:])
+    if scale != 1.0:
+        height, width = (round(length * scale) for length in image.shape[1:])
+        pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+        top, left = (side - height) // 2, (side - width) // 2
+        pixels = F.pad(pixels, (left, side - width - left, top, side - height - top))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+    return (pixels - mean) / std
+
+
 class HpsJudge:
     """The cosine of `architecture`, an open_clip model, with the weights of `checkpoint`: a file
     ({"state_dict": ...}, plain or safetensors), a folder that holds the published one, or a hub id.
@@ -119,23 +138,21 @@ class HpsJudge:
                 f"expected a version among {list(FILES)} and batch >= 1, got {version!r}, {batch}"
             )
         path = _file_of(checkpoint, version)
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, load_weights=False, precision="fp32", image_resize_mode="longest"
-        )
+        model = open_clip.create_model(architecture, load_weights=False, precision="fp32")
         _bind(model, _weights_of(path), architecture)
         self._model: Any = model.to(device).eval().requires_grad_(False)
-        self._preprocess: Any = preprocess
         self._tokenizer: Any = open_clip.get_tokenizer(architecture)
         self._device, self._batch = device, batch
         size = self._model.visual.image_size
+        self._side: int = max(size) if isinstance(size, tuple) else size
         self.card = JudgeCard(
             name=f"hps{version}",
             revision=digest_of(path),
-            preprocessing=f"longest-{max(size) if isinstance(size, tuple) else size}-bicubic-black",
+            preprocessing=f"longest-{self._side}-bicubic-float-black",
             low=-1.0,
             high=1.0,
             text_tokens=self._tokenizer.context_length,
-            pixels=max(size) if isinstance(size, tuple) else size,
+            pixels=self._side,
         )
 
     @torch.inference_mode()
@@ -143,7 +160,7 @@ class HpsJudge:
         self, images: Sequence[UInt8[Any, "3 _ _"]], prompts: Sequence[str]
     ) -> Float[Tensor, " b"]:
         """cos(picture i, prompt i) in [-1, 1]; pictures of any sizes."""
-        pixels = torch.stack([self._preprocess(to_pil(image)) for image in images])
+        pixels = torch.stack([letterbox(image, self._side) for image in images])
         unique = list(dict.fromkeys(prompts))
         text = self._model.encode_text(self._tokenizer(unique).to(self._device), normalize=True)
         picture = self._model.encode_image(pixels.to(self._device), normalize=True)
@@ -151,7 +168,7 @@ class HpsJudge:
         return (picture.float() * text.float()[rows]).sum(-1).cpu()
 
     def _score(self, sample: Sample, value: float) -> Score:
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             return failed("the model's features are not finite")
         tokens = len(self._tokenizer.encode(sample.prompt)) + 2  # start and end
         flags = limit_flags(self.card, tokens=tokens, side=max(sample.image.shape[1:]))
@@ -182,17 +199,18 @@ def hpsv2_package(images, prompts, sources=(), **columns) -> list[float]:
     prompts -> B numbers; comparable for one prompt only.
 
     Raises:
-        RewardConfigError: the package is missing, or lacks its vocabulary.
+        RewardConfigError: the package is missing, or lacks its vocabulary or its weights.
         JudgeError: it returned another number of scores.
     """
-    score, out = _package(), [0.0] * len(prompts)
+    score, out = _package(), [math.nan] * len(prompts)
     for prompt in dict.fromkeys(prompts):
         rows = [i for i, other in enumerate(prompts) if other == prompt]
         try:
             values = list(score([to_pil(images[i]) for i in rows], prompt, hps_version="v2.1"))
         except FileNotFoundError as error:
             raise RewardConfigError(
-                f"expected the files of hpsv2 to be whole, got {error}: see docs/hpsv2.md"
+                f"expected hpsv2 with its vocabulary and the weights that it downloads, got"
+                f" {type(error).__name__}: {error}: see docs/hpsv2.md"
             ) from error
         if len(values) != len(rows):
             raise JudgeError(f"hpsv2: expected {len(rows)} scores, got {len(values)}")

@@ -116,6 +116,7 @@ class Towers(nn.Module):
             values = torch.tensor(getattr(clip.visual, f"image_{part}")).view(3, 1, 1)
             self.register_buffer(part, values, persistent=False)
         self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        self.register_load_state_dict_post_hook(lambda module, _: module.forget())
         blank = np.zeros((3, self.side, self.side), np.uint8)
         with torch.no_grad():
             tokens, pooled = self._see([blank])
@@ -213,8 +214,13 @@ class Towers(nn.Module):
         return super().train(mode)
 
     def forget(self) -> None:
-        """Drop what is remembered; call it after weights changed."""
+        """Drop what is remembered; call it after weights changed in place."""
         self._kept.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Weights that move to another device or dtype leave no tokens behind."""
+        self.forget()
+        return super()._apply(fn, recurse)
 
 
 def _first(size: Any) -> int:

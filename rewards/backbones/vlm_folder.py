@@ -1,25 +1,25 @@
-"""A trained vision-language judge as a folder: card.json, adapter.safetensors, README.md.
+"""A trained vision-language judge as a folder, with adapter.safetensors (see `rewards.folder`).
 
 The base model is not copied: card.json names it, as a hub id, a path, or a path from the folder.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rewards import golden
 from rewards.backbones.vlm import VlmJudge, VlmRewardModel, VlmSettings, add_lora
 from rewards.errors import RewardConfigError
+from rewards.folder import CARD, read_card, read_weights, write_folder
 from rewards.rubric import Rubric
 from rewards.types import JudgeCard, card_of
 
-FAMILY, CARD, ADAPTER = "vlm", "card.json", "adapter.safetensors"
+FAMILY, ADAPTER = "vlm", "adapter.safetensors"
 
 
 def open_base(base: str | os.PathLike[str], settings: VlmSettings) -> VlmRewardModel:
@@ -55,59 +55,47 @@ def _adapter(model: VlmRewardModel) -> dict[str, torch.Tensor]:
 
     if not getattr(model.model, "_hf_peft_config_loaded", False):
         return {}
-    tensors = get_peft_model_state_dict(model.model, adapter_name="default")
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return get_peft_model_state_dict(model.model, adapter_name="default")
 
 
 def save(model: VlmRewardModel, folder: Path, *, base: str, card: JudgeCard, readme: str) -> None:
-    """Write a judge beside its place and move it there whole.
+    """Write a judge. `base` is what `open_base` opens, from `folder` if it is a relative path that
+    exists from there.
 
-    `base` is what `open_base` opens, from `folder` if it is a relative path that exists from there.
+    One that thinks before it answers has no golden scores: a word that is as likely as another may
+    come out otherwise elsewhere.
 
     Raises:
         RewardConfigError: the folder exists.
+        JudgeError: the judge does not answer.
     """
-    from safetensors.torch import save_file
-
-    if folder.exists():
-        raise RewardConfigError(f"expected no folder at {folder}, got one: name another")
     tensors, settings = _adapter(model), model.settings
     lora = model.model.peft_config["default"] if tensors else None
-    facts = {
+    about = {
         "family": FAMILY,
         "base": base,
         "settings": asdict(settings),
         "lora": {"rank": lora.r, "alpha": lora.lora_alpha} if lora else None,
-        "card": asdict(card),
     }
-    part = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
-    try:
-        if tensors:
-            save_file(tensors, part / ADAPTER)
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        (part / CARD).write_text(text + "\n", encoding="utf-8")
-        (part / "README.md").write_text(readme, encoding="utf-8")
-        os.rename(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+
+    def reopen(_: Path) -> VlmJudge:
+        return VlmJudge(model, card, str(model.model.device))
+
+    weights = {ADAPTER: tensors} if tensors else {}
+    thinks = settings.rationale_tokens > 0
+    write_folder(folder, about, card, weights, readme, None if thinks else reopen)
 
 
-def _facts(folder: Path) -> tuple[str, VlmSettings, dict[str, int] | None, JudgeCard]:
+def _facts(
+    folder: Path, about: dict[str, Any]
+) -> tuple[str, VlmSettings, dict[str, int] | None, JudgeCard]:
     try:
-        facts = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if facts["family"] != FAMILY:
-            raise ValueError(f"family {facts['family']!r}")
-        settings = facts["settings"]
-        rubric = Rubric(**settings.pop("rubric"))
-        return (
-            facts["base"],
-            VlmSettings(rubric=rubric, **settings),
-            facts["lora"],
-            card_of(facts["card"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if about["family"] != FAMILY:
+            raise ValueError(f"family {about['family']!r}")
+        given = dict(about["settings"])
+        settings = VlmSettings(rubric=Rubric(**given.pop("rubric")), **given)
+        return about["base"], settings, about["lora"], card_of(about["card"])
+    except (ValueError, KeyError, TypeError) as error:
         raise RewardConfigError(
             f"expected a judge of family {FAMILY!r} in {folder / CARD}, got"
             f" {type(error).__name__}: {error}: save it again"
@@ -121,21 +109,13 @@ def load(folder: Path) -> tuple[VlmRewardModel, JudgeCard]:
         RewardConfigError: a file is missing or of another judge.
     """
     from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    base, settings, lora, card = _facts(folder)
+    base, settings, lora, card = _facts(folder, read_card(folder))
     model = open_base(folder / base if (folder / base).is_dir() else base, settings)
     if lora is None:
         return model.eval(), card
     add_lora(model, lora["rank"], lora["alpha"])
-    wanted = _adapter(model)
-    try:
-        tensors = load_file(folder / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise RewardConfigError(
-            f"expected adapters in {folder / ADAPTER}, got {type(error).__name__}: {error}"
-        ) from error
+    wanted, tensors = _adapter(model), read_weights(folder / ADAPTER)
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in wanted.items()}:
         raise RewardConfigError(
             f"expected {len(wanted)} adapters of rank {lora['rank']} for {base!r} in"
@@ -147,6 +127,8 @@ def load(folder: Path) -> tuple[VlmRewardModel, JudgeCard]:
 
 
 def load_vlm_judge(folder: str | os.PathLike[str], device: str = "cpu", batch: int = 8) -> VlmJudge:
-    """The judge of a folder. Raises RewardConfigError."""
+    """The judge of a folder. Raises RewardConfigError, also where its golden scores moved."""
     model, card = load(Path(folder))
-    return VlmJudge(model, card, device=device, batch=batch)
+    judge = VlmJudge(model, card, device=device, batch=batch)
+    golden.check(judge, read_card(Path(folder)).get("golden"))
+    return judge

@@ -1,9 +1,8 @@
 """Judgements of one axis as what a benchmark needs: pictures, pairs and lists, each picture once.
 
-A folder holds `train-*.parquet`, `dev-*.parquet` and `test-*.parquet`, one row per judgement with
-the columns of `rewards.training.schema.Judgement`, pictures as encoded bytes, and for data whose
-truth is known `gold` (one number per picture, without noise), `origin` (one word per picture: who
-made it) and `target`.
+They come from what `rewards.training.table` reads. Where the truth is known, rows have the columns
+`gold` (one number per picture, without noise), `origin` (one word per picture: who made it) and
+`target`.
 """
 
 from __future__ import annotations
@@ -12,18 +11,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from rewards import images
 from rewards.errors import DataError
 from rewards.training.schema import Judgement
+from rewards.training.table import JudgementTable
 from rewards.types import Sample
-
-NEEDED = ("kind", "axis", "prompt", "images", "ratings")
-OPTIONAL = ("category", "group", "annotator", "confidence", "low", "high")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,67 +74,45 @@ class Bench:
 
 
 def read_judgements(
-    folder: str | Path, split: str, axis: str | None = None, most: int | None = None
+    source: str | Path, split: str, axis: str | None = None, most: int | None = None
 ) -> list[Row]:
-    """The rows of a split, all or of one axis. `most` keeps whole groups, in the order of a hash of
-    their names, until there are that many rows.
+    """The rows of a split of a `JudgementTable`, all or of one axis. `most` keeps whole groups, in
+    the order of a hash of their names, until there are that many rows.
 
     Raises:
-        DataError: no such files or columns, or a row that is no judgement.
+        DataError: see `JudgementTable`; or a gold or origin that does not fit its pictures.
     """
-    import pyarrow.parquet as pq
-
-    paths = sorted(Path(folder).glob(f"{split}-*.parquet"))
-    if not paths:
-        raise DataError(
-            f"expected {split}-*.parquet in '{folder}', got none: write one with `rlhf reward"
-            " collect`, or see rewards.benchmark.rows"
-        )
-    records: list[dict[str, Any]] = []
-    for path in paths:
-        missing = sorted(set(NEEDED) - set(pq.read_schema(path).names))
-        if missing:
-            raise DataError(f"{path}: expected the columns {list(NEEDED)}, got no {missing}")
-        wanted = None if axis is None else [("axis", "=", axis)]
-        records += pq.read_table(path, filters=wanted).to_pylist()
-    return [_row(record) for record in _some(records, most)]
+    table = JudgementTable(source, split, axis)
+    return [_row(table[i]) for i in _some(table.column("group"), most)]
 
 
-def _some(records: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
-    if most is None or len(records) <= most:
-        return records
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record.get("group") or record["prompt"], []).append(record)
-    kept: list[dict[str, Any]] = []
-    for name in sorted(groups, key=lambda name: hashlib.blake2b(name.encode()).digest()):
-        if len(kept) + len(groups[name]) <= most or not kept:
-            kept += groups[name]
+def _some(groups: Sequence[str], most: int | None) -> list[int]:
+    """Which rows are kept."""
+    if most is None or len(groups) <= most:
+        return list(range(len(groups)))
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(groups):
+        rows.setdefault(name, []).append(i)
+    kept: list[int] = []
+    for name in sorted(rows, key=lambda name: hashlib.blake2b(name.encode()).digest()):
+        if len(kept) + len(rows[name]) <= most or not kept:
+            kept += rows[name]
     return kept
 
 
-def _pictures(found: Sequence[bytes] | None) -> tuple[np.ndarray, ...]:
-    return tuple(images.from_pil(images.decode(one)[0]) for one in found or ())
-
-
-def _row(record: dict[str, Any]) -> Row:
-    given = {key: record[key] for key in OPTIONAL if record.get(key) is not None}
-    taken = {*NEEDED, *OPTIONAL, "sources", "gold", "origin", "target"}
-    judgement = Judgement(
-        kind=record["kind"],
-        axis=record["axis"],
-        prompt=record["prompt"],
-        images=_pictures(record["images"]),
-        sources=_pictures(record.get("sources")),
-        ratings=tuple(record["ratings"]),
-        columns={key: value for key, value in record.items() if key not in taken},
-        **given,
-    )
+def _row(judgement: Judgement) -> Row:
+    """The judgement apart from what is known beside it; of that, judges see the target alone."""
+    known = dict(judgement.columns)
+    gold, origin, target = (known.pop(name, None) for name in ("gold", "origin", "target"))
+    try:
+        values = tuple(float(value) for value in gold or ())
+    except (TypeError, ValueError) as error:
+        raise DataError(f"gold: expected a list of numbers, got {gold!r}: {error}") from error
     return Row(
-        judgement=judgement,
-        gold=tuple(record.get("gold") or ()),
-        origin=tuple(record.get("origin") or ()),
-        target=record.get("target"),
+        judgement=replace(judgement, columns=known),
+        gold=values,
+        origin=tuple(origin or ()),
+        target=target,
     )
 
 

@@ -7,7 +7,7 @@ ranks become comparisons.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class Labels:
     def samples(self) -> Int[Tensor, " s"]:
         """The samples that the axis needs, each once, in order."""
         return torch.cat([self.point, self.first, self.second]).unique()
+
+    def to(self, device: torch.device) -> Labels:
+        """The same on another device."""
+        return Labels(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

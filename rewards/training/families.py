@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewards.backbones.towers import open_towers, save_towers
 from rewards.errors import RewardConfigError
 from rewards.judge import Judge
-from rewards.trained import KINDS, SHIPPED, TowersJudge, TowersModel, kind_of, save_judge
+from rewards.trained import KINDS, TowersJudge, TowersModel, kind_of, save_judge, towers_at
 from rewards.training.heads import HeadConfig
 from rewards.types import JudgeCard, Sample
 
@@ -89,8 +89,8 @@ class TowersFamily:
     ) -> None:
         self.axes, self.trained, self.floor = axes, trained, floor
         self.dtype = torch.float32  # of what is written
-        self.source = str(SHIPPED / "towers") if towers == "scenes" else towers
-        opened = open_towers(self.source, device)
+        self.source = str(Path(towers).absolute()) if Path(towers).is_dir() else towers
+        opened = open_towers(towers_at(self.source), device)
         self.model = TowersModel(opened, heads_of(axes, heads)).to(device)
         opened.requires_grad_(trained != "heads")
         opened.clip.visual.requires_grad_(trained == "full")
@@ -112,9 +112,10 @@ class TowersFamily:
 
     @torch.no_grad()
     def round(self, dtype: torch.dtype) -> None:
-        """Give every weight the value that it will have when written as `dtype`."""
+        """Give every weight that will be written as `dtype` the value that it will then have."""
         self.dtype = dtype
-        for parameter in self.model.parameters():
+        written = self.model.heads if self.trained == "heads" else self.model
+        for parameter in written.parameters():
             parameter.copy_(parameter.to(dtype))
         self.model.towers.forget()
 

@@ -68,9 +68,8 @@ class Objective(nn.Module):
         total, metrics = torch.zeros(()), {}
         for axis, logits in said.items():
             if axis == REGION:
-                loss = 2 * F.binary_cross_entropy_with_logits(
-                    logits.float(), coarser(batch.touched, logits.shape[-1])
-                )
+                touched = coarser(batch.touched, logits.shape[-1]).to(logits.device)
+                loss = 2 * F.binary_cross_entropy_with_logits(logits.float(), touched)
             else:
                 place = torch.full((len(batch.samples),), -1)
                 place[wanted[axis]] = torch.arange(len(wanted[axis]))
@@ -81,6 +80,7 @@ class Objective(nn.Module):
 
     def axis_loss(self, axis: str, logits: Tensor, labels: Labels, place: Tensor) -> Tensor:
         """Of one axis; `place` maps samples of the batch to rows of `logits`."""
+        labels, place = labels.to(logits.device), place.to(logits.device)
         loss = logits.sum() * 0.0
         if len(labels.point):
             rows, rating = logits[place[labels.point]], 1 + labels.rating * (logits.shape[-1] - 1)
@@ -125,6 +125,6 @@ def coarser(mask: Tensor, patches: int) -> Tensor:
 
 def _variance(logits: Tensor) -> Tensor:
     """Variance of the level under softmax(logits)."""
-    levels = torch.arange(1, logits.shape[-1] + 1, dtype=torch.float32)
+    levels = torch.arange(1, logits.shape[-1] + 1, dtype=torch.float32, device=logits.device)
     p = logits.float().softmax(-1)
     return p @ levels.square() - (p @ levels).square()

@@ -238,9 +238,11 @@ def _image_point(
 
 
 def _share(first: Any, second: Any) -> float:
-    """P(first is better) of two labels; equal ones are a tie."""
+    """P(first is better) of two labels; equal ones are a tie, two zeros nobody's judgement."""
     total = float(first) + float(second)
-    return float(first) / total if total else 0.5
+    if not total > 0:
+        raise DataError(f"expected votes for one picture or both, got {first} and {second}")
+    return float(first) / total
 
 
 def _dense(numbers: object) -> tuple[float, ...]:

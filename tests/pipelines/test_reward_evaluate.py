@@ -8,6 +8,7 @@ import pytest
 from pipelines import reward_evaluate
 from pipelines.cli import config_program, main
 from pipelines.reward_evaluate import EvaluateConfig, evaluate, plan_evaluate, summarise_evaluate
+from rewards.errors import DataError
 from rlhf.config import load
 from rlhf.errors import ConfigError
 from tests.rewards.judgements import records, write
@@ -122,7 +123,7 @@ def test_a_judge_that_breaks_is_reported_and_not_scored(data, tmp_path):
 def test_what_cannot_be_measured_is_refused(data, tmp_path, changes, message):
     given = {"judges": ("oracle/fidelity",), "data": str(data), "out": str(tmp_path), **changes}
     config = EvaluateConfig(**given)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         config.check()
         evaluate(config)
 

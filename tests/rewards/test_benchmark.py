@@ -1,5 +1,6 @@
 """What the benchmark says of judges whose faults are known, and what it reads."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from rewards.benchmark.untrained import RandomProjection, untrained
 from rewards.errors import DataError
 from rewards.scenes.judge import OracleJudge
 from rewards.training.schema import Judgement
+from rewards.training.table import load_judgements
 from rewards.types import JudgeCard, Sample, Score, Scores, failed, not_applicable
 from tests.rewards.judgements import records, write
 
@@ -282,6 +284,33 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert gap.tolist() == [w["gold"][0] - w["gold"][1] for w in wrote]
 
 
+def test_one_reader_serves_training_and_benchmark(tmp_path):
+    """The same judgements, from either form of table; the truth beside them is no judge's."""
+    wrote = records("instruction", 2, 9, category="edits")
+    folder = write(tmp_path, "test", wrote)
+    lines = []
+    for k, row in enumerate(wrote):
+        row = row | {name: [] for name in ("images", "sources")}
+        for name in ("images", "sources"):
+            for i, data in enumerate(wrote[k][name]):
+                (tmp_path / f"{k}-{name}-{i}.png").write_bytes(data)
+                row[name] = [*row[name], f"{k}-{name}-{i}.png"]
+        lines.append(json.dumps(row | {"split": "test"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    first = read_judgements(folder, "test")
+    second = read_judgements(tmp_path / "rows.jsonl", "test")
+    trained = load_judgements(folder, "test")
+    for one, other, seen, was in zip(first, second, trained, wrote, strict=True):
+        assert (one.gold, one.origin, one.target) == (other.gold, other.origin, other.target)
+        assert (one.gold, one.target) == (tuple(was["gold"]), was["target"])
+        assert dict(one.judgement.columns) == {"words": was["words"]}
+        assert {**one.judgement.columns, "gold": was["gold"]}.items() <= seen.columns.items()
+        assert one.judgement.ratings == other.judgement.ratings == seen.ratings
+        for a, b, c in zip(one.samples(), other.samples(), seen.samples(), strict=True):
+            assert np.array_equal(a.image, b.image) and np.array_equal(a.image, c.image)
+            assert np.array_equal(a.sources[0], b.sources[0]) and a.target == b.target
+
+
 def test_a_part_of_the_rows_is_whole_prompts(tmp_path):
     folder = write(tmp_path, "dev", records("fidelity", 6, 0))
     part = read_judgements(folder, "dev", most=20)
@@ -318,7 +347,7 @@ def test_clean_pictures_are_renders_then_what_nobody_spoilt():
 
 
 def test_data_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(DataError, match="expected dev-"):
+    with pytest.raises(DataError, match=r"expected dev-\*\.parquet"):
         read_judgements(tmp_path, "dev")
     rows = records("fidelity", 1, 0)
     write(tmp_path, "dev", [{k: v for k, v in r.items() if k != "ratings"} for r in rows])
@@ -327,6 +356,12 @@ def test_data_that_does_not_fit_is_refused(tmp_path):
     write(tmp_path, "dev", [rows[0] | {"gold": [1.0]}])
     with pytest.raises(DataError, match="one entry for each of 2 pictures"):
         read_judgements(tmp_path, "dev")
+    write(tmp_path, "dev", [rows[0] | {"gold": ["high", "low"]}])
+    with pytest.raises(DataError, match="gold: expected a list of numbers"):
+        read_judgements(tmp_path, "dev")
+    write(tmp_path, "dev", rows)
+    with pytest.raises(DataError, match="rows of axis 'beauty', got axes .'fidelity'.: name one"):
+        read_judgements(tmp_path, "dev", "beauty")
 
 
 def test_the_oracle_is_its_own_gold(tmp_path):

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from rewards.backbones.face_models import InsightFaces, OpenCvFaces, to_bgr
 from rewards.backbones.faces import Face, FaceJudge, assign, confidence, identity, ramp
-from rewards.errors import RewardConfigError
+from rewards.errors import JudgeError, RewardConfigError
 from rewards.judge import run_judge
 from rewards.types import Sample
 
@@ -124,6 +124,9 @@ def test_a_broken_detector_is_never_another_person():
     assert [s.state for s in scores] == ["failed", "failed", "failed", "ok"]
     assert all(s.value is None for s in scores[:3])
     assert "broke down" in scores[0].reason and "not zero" in scores[2].reason
+    for box, score in (((0.0, 0.0, np.nan, 9.0), 0.9), ((0.0, 0.0, 9.0, 9.0), np.nan)):
+        with pytest.raises(JudgeError, match="a face at a place"):
+            Face(box=box, score=score, vector=np.ones(3))
 
 
 @pytest.mark.parametrize(

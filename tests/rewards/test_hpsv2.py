@@ -60,14 +60,14 @@ def sample(height=SIDE, width=SIDE, prompt=PROMPT, seed=0) -> Sample:
 
 
 def reference(model, sample: Sample) -> float:
-    """The published arithmetic, written out: letterbox on black, CLIP statistics, cosine."""
-    image = Image.fromarray(sample.image.transpose(1, 2, 0))
-    ratio = max(image.size) / SIDE
-    size = round(image.width / ratio), round(image.height / ratio)
-    scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    """The published arithmetic, written out: floats scaled, on black, CLIP statistics, cosine."""
+    ratio = SIDE / max(sample.image.shape)
+    height, width = (round(length * ratio) for length in sample.image.shape[1:])
     canvas = np.zeros((SIDE, SIDE, 3))
-    top, left = (SIDE - size[1]) // 2, (SIDE - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = scaled
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    for k, channel in enumerate(sample.image.astype(np.float32)):
+        scaled = Image.fromarray(channel).resize((width, height), Image.Resampling.BICUBIC)
+        canvas[top : top + height, left : left + width, k] = scaled
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     pixels = torch.tensor(
         ((canvas / 255 - mean) / std).transpose(2, 0, 1)[None], dtype=torch.float32
@@ -82,6 +82,33 @@ def reference(model, sample: Sample) -> float:
 def test_the_score_is_the_letterboxed_cosine_off_the_square_too(judge, tiny, shape):
     asked = sample(*shape)
     assert judge.score([asked])[0].value == pytest.approx(reference(tiny[1], asked), abs=2e-6)
+
+
+def test_golden_scores_of_the_published_package(tmp_path):
+    """What hpsv2x 1.2.0 with torch 2.15.0 answers to these pictures and prompts, with weights that
+    are waves: `hpsv2.score(picture, prompt, hps_version="v2.1")`.
+    """
+    (tmp_path / "wave-hps.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / "wave-hps.json")
+    model = open_clip.create_model("wave-hps")
+    norms = ("ln_1.weight", "ln_2.weight", "ln_pre.weight", "ln_post.weight", "ln_final.weight")
+    with torch.no_grad():
+        for k, (name, part) in enumerate(sorted(model.named_parameters())):
+            wave = 0.2 * np.sin((1.1 + 0.37 * k) * np.arange(part.numel()) + k)
+            part.copy_(torch.from_numpy(wave.reshape(part.shape) + name.endswith(norms)))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "waves.pt")
+    judge = HpsJudge(tmp_path / "waves.pt", architecture="wave-hps")
+    golden = {
+        (32, 32): (0.0589355, 0.0397194),
+        (64, 64): (0.0593316, 0.0400782),
+        (40, 90): (0.0652609, 0.0454705),
+        (97, 33): (0.0655110, 0.0456989),
+    }
+    for (height, width), wanted in golden.items():
+        c, y, x = np.mgrid[:3, :height, :width]
+        image = ((x * 7 + y * 5 + c * 85 + x * y) % 256).astype(np.uint8)
+        asked = [Sample(image=image, prompt=p, category="any") for p in (PROMPT, "a cat")]
+        assert [s.value for s in judge.score(asked)] == pytest.approx(wanted, abs=2e-6)
 
 
 def test_samples_of_any_size_and_prompt_score_as_they_do_alone(judge):

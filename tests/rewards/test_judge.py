@@ -9,7 +9,7 @@ from rewards.scenes import world
 from rewards.scenes.judge import OracleJudge
 from rewards.scenes.oracle import AXES
 from rewards.scenes.render import render
-from rewards.types import JudgeCard, Sample, Score, Scores, failed, not_applicable
+from rewards.types import Calibration, JudgeCard, Sample, Score, Scores, failed, not_applicable
 
 
 def brightness(images, prompts, sources):
@@ -104,11 +104,14 @@ def test_what_a_judge_is_not_made_for_is_na_and_never_asked():
 
 def test_function_values_and_their_states():
     def mixed(images, prompts, sources):
-        return [None, 1, np.float32(0.5), math.nan, math.inf, "good"]
+        return [None, 1, np.float32(0.5), math.nan, math.inf, "good", np.ma.masked]
 
-    scores = run_judge(FunctionJudge(mixed, "mixed"), _ask(*"abcdef"))
-    assert [s.state for s in scores] == ["na", "ok", "ok", "failed", "failed", "failed"]
-    assert [s.value for s in scores[:3]] == [None, 1.0, 0.5]
+    scores = run_judge(FunctionJudge(mixed, "mixed"), _ask(*"abcdefg"))
+    assert [s.state for s in scores] == ["na", "ok", "ok", *["failed"] * 4]
+    assert [s.value for s in scores] == [None, 1.0, 0.5, *[None] * 4]
+    steps = Calibration(raw=(0.0, 1.0), value=(0.0, 1.0))
+    assert [steps(v) for v in (-math.inf, math.inf)] == [-math.inf, math.inf]
+    assert math.isnan(steps(math.nan)) and steps(2.0) == 1.0
 
 
 def test_function_of_wrong_length_fails():

@@ -249,6 +249,10 @@ def test_image_reward_db_of_ranks_alone(tmp_path):
             "row 1: .* ValueError: too many",
         ),
         ([{"file_path": ["a.png"] * 2, "human_preference": [1, 0]}], "row 1: .*KeyError: 'prompt'"),
+        (
+            [{"prompt": "p", "file_path": ["a.png"] * 2, "human_preference": [0, 0]}],
+            "votes for one picture",
+        ),
         ([{"prompt": "p", "file_path": ["x.png", "a.png"], "human_preference": [1, 0]}], "x.png"),
         ({"prompt": "p"}, "a list of objects, got dict"),
     ],

@@ -110,6 +110,24 @@ def test_whether_a_portrait_is_judged_is_up_to_the_prompt(towers):
     assert [s.state for s in scores] == ["ok", "ok", "na"]
 
 
+@pytest.mark.parametrize("axis", KINDS)
+def test_a_head_that_says_no_number_fails_the_sample_and_no_other(towers, axis, monkeypatch):
+    """Whichever head it is: no gate, ramp or minimum may make 0 or 1 of it."""
+    samples = EDITS[:2] if axis in ("instruction", "consistency") else MADE[1::3][:2]
+    for name in tiny_judge(towers, axis).model.heads:
+        for wrong in (float("nan"), float("inf")):
+            judge = tiny_judge(towers, axis)
+            head = judge.model.heads[name]
+
+            def broken(tokens, head=head, wrong=wrong):
+                return torch.cat([torch.full_like(head(tokens)[:1], wrong), head(tokens)[1:]])
+
+            monkeypatch.setattr(judge.model, "heads", {**judge.model.heads, name: broken})
+            first, second = run_judge(judge, samples)
+            assert (first.state, first.value) == ("failed", None) and name in first.reason
+            assert second.state == "ok"
+
+
 def test_an_untrained_twin_has_other_weights_and_says_so(towers):
     judge = tiny_judge(towers, "fidelity")
     twin = judge.fresh(1)

@@ -54,6 +54,14 @@ def test_three_samples_by_hand_with_the_population_std():
     assert report.metrics["reward/a/std"] == pytest.approx(std)
 
 
+def test_what_a_judge_did_not_see_is_counted():
+    cut = Score(value=1.0, flags=("truncated", "downscaled"))
+    table = {"a": ((cut, Score(value=2.0, flags=("truncated",)), Score(value=3.0)),)}
+    _, report = run(Scores(judges=(card("a"),), table=table))
+    flags = {k: v for k, v in report.metrics.items() if "/flag/" in k}
+    assert flags == {"reward/a/flag/truncated": 2 / 3, "reward/a/flag/downscaled": 1 / 3}
+
+
 def test_noise_floor_joins_the_variance():
     advantages, _ = run(scores(noise_floor=2.0, a=[[1, 2, 6]]))
     std = math.sqrt(14 / 3 + 4)
