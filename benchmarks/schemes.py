@@ -23,13 +23,14 @@ from typing import Any, get_args
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.curves import keep
 from pipelines import align
 from rlhf import config, plots
 from rlhf.advantage import Scheme
 from rlhf.files import atomic_write_text
-from rlhf.panel_plots import Held, Panel
+from rlhf.panel_plots import Held, Panel, shared_legend
 from rlhf.plan import Config
 from rlhf.run import Run
 
@@ -98,26 +99,29 @@ def table(done: Done) -> str:
 
 
 def draw(done: Done, path: Path) -> None:
-    """A panel for each category: gains by measure, a colour per scheme."""
+    """Held-out gains: a panel for each category, a line per measure, a colour per scheme."""
     panel, every = gains([run for runs in done.values() for run in runs])
     found = {scheme: gains(runs)[1] for scheme, runs in done.items()}
     kinds = sorted({held.category for held in every})
-    figure, axes = plots.grid(len(kinds), len(kinds), 0.5 * len({h.measure for h in every}) + 1)
+    measures = sorted({held.measure for held in every}, key=panel.order)
+    figure, axes = plots.grid(len(kinds), len(kinds), 0.5 * len(measures) + 1)
     for ax, kind in zip(axes, kinds, strict=True):
-        own = sorted((h for h in every if h.category == kind), key=lambda h: panel.order(h.measure))
         for k, scheme in enumerate(done):
+            own = {h.measure: found[scheme][h] for h in found[scheme] if h.category == kind}
             colour = plots.COLOURS[k % len(plots.COLOURS)]
-            for row, held in enumerate(own):
-                if held in found[scheme]:
-                    value, low, high = spread(found[scheme][held])
+            for row, measure in enumerate(measures):
+                if measure in own:
+                    value, low, high = spread(own[measure])
                     y = row + 0.22 * (k - (len(done) - 1) / 2)
                     ax.plot([low, high], [y, y], color=colour, lw=1.2)
-                    ax.plot(value, y, "o", color=colour, ms=5, label=scheme * (row == 0))
+                    ax.plot(value, y, "o", color=colour, ms=5, label=scheme)
         ax.axvline(0, color=plots.MUTED, lw=0.8)
-        ax.set_yticks(range(len(own)), [panel.label(h.measure) for h in own], fontsize=8)
-        ax.set_ylim(len(own) - 0.5, -0.5)
-        plots.title(ax, f"{kind}: held-out gain")
-    plots.legend(axes[0])
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
+        labels = map(panel.label, measures) if ax is axes[0] else [""] * len(measures)
+        ax.set_yticks(range(len(measures)), list(labels), fontsize=8)
+        ax.set_ylim(len(measures) - 0.5, -0.5)
+        plots.title(ax, kind)
+    shared_legend(figure, axes)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

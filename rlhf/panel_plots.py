@@ -99,7 +99,7 @@ def _colour(category: str, every: Sequence[str]) -> str:
     return COLOURS[sorted(every).index(category) % len(COLOURS)]
 
 
-def _legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     """One legend for all panels, above them."""
     entries = {
         text: handle
@@ -148,7 +148,7 @@ def gains(metrics: Metrics, panel: Panel) -> Figure | None:
         ax.set_xlim(min(left, 0.0), right + 0.5 * (right - min(left, 0.0)))
         if len(settings) > 1 and position % len(settings) and position < len(held):
             ax.set_yticklabels([])
-    _legend(figure, axes)
+    shared_legend(figure, axes)
     return figure
 
 
@@ -196,7 +196,7 @@ def rewards(rows: Sequence[Row]) -> Figure | None:
             if len(own[0]):
                 line(ax, own, _colour(kind, kinds), kind)
         title(ax, "weighted total" if text == "total" else text)
-    _legend(figure, axes)
+    shared_legend(figure, axes)
     return figure
 
 
@@ -228,7 +228,7 @@ def heldout(rows: Sequence[Row], panel: Panel) -> Figure | None:
             line(ax, series(rows, h.name), _colour(h.category, kinds), said, dash)
         title(ax, panel.label(measure))
         ax.set_xlabel("iteration", fontsize=8, color=MUTED)
-    _legend(figure, axes, len(kinds))
+    shared_legend(figure, axes, len(kinds))
     return figure
 
 
