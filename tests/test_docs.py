@@ -36,6 +36,7 @@ PAGES = (
     "reward_data.md",
     "reward_models.md",
     "reward_benchmark.md",
+    "algorithms.md",
 )
 
 
