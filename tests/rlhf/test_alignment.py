@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from rewards import images
 from rlhf import kernels, noise
 from rlhf.alignment import AlignmentLearner, LossConfig
 from rlhf.errors import ConfigError, ReplayMismatch
 from rlhf.losses import LOSSES, kernels_of, transition_log_prob
 from rlhf.rollout import RolloutWorker
 from rlhf.types import Advantages, Trajectory
-from tests.rlhf.tiny import alignment, make_policy, request, same, sampler, shake, snapshot
+from tests.rlhf.tiny import alignment, make_policy, picture, request, same, sampler, shake, snapshot
 
 RATIO = tuple(name for name, loss in LOSSES.items() if loss.form)
 GROUPS, SIZE = 2, 4
@@ -152,6 +153,24 @@ def test_replay_mode_trains_as_the_stored_log_probs_do(tiny_base, loss):
     assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-6) and abs(ends[0][1] - 1) > 1e-6
     for name, tensor in ends[0][0].items():
         assert (tensor - ends[1][0][name]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("loss", ["grpo", "guard"])
+def test_log_probs_of_edits_are_computed_again_with_their_source(tiny_base, tmp_path, loss):
+    """Another picture behind the same path is another policy: noticed before anything is learnt."""
+    source = tmp_path / "source.png"
+    images.save_png(source, picture(1, 64, 64))
+    pair = Pair(tiny_base, loss)
+    asked = request(1, pair.sampler, pair.loss.requires, GROUPS, SIZE)
+    asked = replace(asked, prompts=tuple(replace(p, sources=(str(source),)) for p in asked.prompts))
+    handover = pair.learner.publish("behaviour")
+    pair.worker.bind(handover)
+    got = [pair.worker.rollout(ref, asked) for ref in asked.refs(handover.version)]
+    images.save_png(source, picture(2, 64, 64))
+    with pytest.raises(ReplayMismatch):
+        pair.learner.update(got, advantages())
+    images.save_png(source, picture(1, 64, 64))
+    assert pair.learner.update(got, advantages()).metrics["ratio/first_max_dev"] <= 1e-6
 
 
 # --- w = 1 ----------------------------------------------------------------------------------------
@@ -404,6 +423,22 @@ def test_rollouts_of_awm_are_of_what_was_just_trained(tiny_base):
     slots = pair.learner.policy.slots
     assert same(slots.tensors("behaviour"), slots.tensors("train"))
     assert metrics["ratio/first_max_dev"] == 0.0 < metrics["ratio/max_dev"]
+
+
+def test_what_the_diagnostics_measure_is_nothing_at_the_reference_and_grows_away_from_it(tiny_base):
+    learner = AlignmentLearner(make_policy(tiny_base), alignment("nft"))
+    worker = RolloutWorker(make_policy(tiny_base))
+    handover = learner.publish("behaviour")
+    worker.bind(handover)
+    asked = request(1, sampler("nft"), (), 1, SIZE)
+    got = worker.rollout(asked.refs(handover.version)[0], asked)
+    at_start = learner._diagnostics(got)
+    assert at_start["norm/velocity_ratio"] == 1.0 and at_start["kl/velocity"] == 0.0
+    assert at_start["guidance/gap"] > 0
+    shake(learner.policy, size=0.2)
+    moved = learner._diagnostics(got)
+    assert moved["norm/velocity_ratio"] != 1.0 and moved["kl/velocity"] > 0
+    assert abs(moved["guidance/cosine"]) <= 1.0
 
 
 # --- state ----------------------------------------------------------------------------------------
