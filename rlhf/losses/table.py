@@ -6,7 +6,7 @@ and the table of docs/algorithms.md both read it here.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -236,13 +236,18 @@ def kernels_of(loss: Loss) -> tuple[Kernel, ...]:
 
 def columns() -> dict[str, Callable[[Loss], Choice]]:
     """What `markdown` asks of every loss, by title."""
-    kernels = {k: lambda loss, k=k: Choice(loss=loss, kernel=k) for k in TABLE}
-    any_kernel = lambda loss, **more: Choice(loss=loss, kernel=kernels_of(loss)[0], **more)  # noqa: E731
-    return kernels | {
-        "velocity KL": lambda loss: any_kernel(loss, kl_form="velocity"),
-        "Gaussian KL": lambda loss: any_kernel(loss, kl_form="gaussian"),
-        "replay": lambda loss: any_kernel(loss, replayed=True),
-        "distilled base": lambda loss: any_kernel(loss, own_grid=True),
+
+    def on(kernel: Kernel) -> Callable[[Loss], Choice]:
+        return lambda loss: Choice(loss=loss, kernel=kernel)
+
+    def usual(**more: Any) -> Callable[[Loss], Choice]:
+        return lambda loss: Choice(loss=loss, kernel=kernels_of(loss)[0], **more)
+
+    return {kernel: on(kernel) for kernel in TABLE} | {
+        "velocity KL": usual(kl_form="velocity"),
+        "Gaussian KL": usual(kl_form="gaussian"),
+        "replay": usual(replayed=True),
+        "distilled base": usual(own_grid=True),
     }
 
 
