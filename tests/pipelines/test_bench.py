@@ -25,6 +25,11 @@ LOSSES = {
         "loss.name=grpo-recentred", "loss.old_logp=replay", "loss.updates_per_rollout=3",
         "rollout.kernel=flow-sde", "rollout.window=[0,2]",
     ),
+    "guard with two kls": (
+        "loss.name=guard", "loss.kl=0.1", "loss.kl_ema=0.1", "loss.kl_form=gaussian", "ema=0.9",
+        "rollout.kernel=dance", "rollout.window=[0,2]",
+    ),
+    "awm": ("loss.name=awm", "loss.kl=0.1"),
     "uncached": ("rollout.cached_prefix=false",),
 }  # fmt: skip
 
