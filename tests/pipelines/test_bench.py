@@ -43,8 +43,12 @@ def settings(base, *more):
     )  # fmt: skip
 
 
+def small(base, *more, **fields) -> bench.StepConfig:
+    return bench.StepConfig(align="align/hybrid", overrides=settings(base, *more), **fields)
+
+
 def target(base, *more) -> Config:
-    return bench.StepConfig(overrides=settings(base, *more)).target()
+    return small(base, *more).target()
 
 
 def rows_through(module, work):
@@ -99,7 +103,7 @@ def test_the_count_is_what_the_learner_runs_and_what_is_timed_bare(tiny_base, na
 def test_the_figures_of_a_step(tiny_base, tmp_path):
     out = tmp_path / "step.json"
     config = bench.StepConfig(
-        overrides=settings(tiny_base), repeats=2, overhead=False, out=str(out)
+        align="align/hybrid", overrides=settings(tiny_base), repeats=2, overhead=False, out=str(out)
     )
     result = bench.step(config)
     assert json.loads(out.read_text()) == result
@@ -161,7 +165,7 @@ def test_a_pool_gives_every_item_to_one_worker_and_errors_come_back(ray_head):
 @pytest.mark.slow
 def test_ray_is_compared_with_this_process(tiny_base, ray_head):
     more = ("cluster.kind=ray", "cluster.rollout_workers=1")
-    config = bench.StepConfig(overrides=settings(tiny_base, *more), repeats=1)
+    config = small(tiny_base, *more, repeats=1)
     value = {n: m["value"] for n, m in bench.step(config)["metrics"].items()}
     ratio = value["bench/ray_seconds"] / value["bench/local_seconds"]
     assert value["bench/ray_overhead"] == pytest.approx(ratio - 1)
