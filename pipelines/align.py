@@ -68,8 +68,8 @@ class Recorder:
     ) -> Version:
         """See `rlhf.loop.Observer`. Returns the version that the next rollouts use."""
         c = self.config
-        row |= {"samples": sum(len(r.seeds) for r in refs), "policy_version": version.step}
-        row |= {"nfe": self.forwards(), "reward_calls": row["samples"] * len(c.recipe().judges)}
+        row |= {"policy_version": version.step}
+        row |= {"reward_calls": row["samples"] * len(c.recipe().judges)}
         last = iteration == c.iterations
         if last or (c.evaluation.every and iteration % c.evaluation.every == 0):
             row |= self.measure(c.evaluation.slot, f"step_{iteration:06d}").row()
@@ -98,12 +98,6 @@ class Recorder:
                 f"stopped after iteration {iteration}: continue with --resume {self.run.root}"
             )
         return version
-
-    def forwards(self) -> int:
-        """Rows through the transformer for one iteration's pictures."""
-        c = self.config
-        per = c.rollout.steps * (2 if c.rollout.guidance > 1 else 1)
-        return c.prompts_per_iteration * c.group_size * per
 
     def stop(self, *_: object) -> None:
         self.stopping = True
@@ -201,7 +195,9 @@ def plan(config: Config) -> str:
     samples = config.prompts_per_iteration * config.group_size
     judges, updates = len(config.recipe().judges), config.loss.updates_per_rollout
     alignment = config.recipe().alignment
-    work = work_of(config.prompts_per_iteration, config.group_size, config.rollout, alignment)
+    work = work_of(
+        config.prompts_per_iteration, config.group_size, config.usual_sampler(), alignment
+    )
     rows = work.counts()
     return "\n".join(
         [

@@ -116,8 +116,9 @@ class BareTimes:
 
     def __enter__(self) -> BareTimes:
         c = self.config
-        work = work_of(c.prompts_per_iteration, c.group_size, c.rollout, c.recipe().alignment)
-        self.work, build = work, builder(c.policy, work, c.rollout)
+        sampler = c.usual_sampler()
+        work = work_of(c.prompts_per_iteration, c.group_size, sampler, c.recipe().alignment)
+        self.work, build = work, builder(c.policy, work, sampler)
         self.rollouts: Workers
         if c.cluster.kind == "local":
             self.rollouts = Here(build, c.cluster.rollout_threads)
@@ -210,7 +211,8 @@ def plan_step(config: StepConfig) -> str:
     """The counts, for --dry-run."""
     target = config.target()
     alignment = target.recipe().alignment
-    work = work_of(target.prompts_per_iteration, target.group_size, target.rollout, alignment)
+    sampler = target.usual_sampler()
+    work = work_of(target.prompts_per_iteration, target.group_size, sampler, alignment)
     lines = [f"{name:<30} {value}" for name, value in work.counts().items()]
     return "\n".join([f"one iteration of {config.align}:", *lines])
 

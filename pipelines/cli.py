@@ -93,6 +93,16 @@ PROGRAMS = (
         resumable=True,
     ),
     Program(
+        "curate",
+        "keep the prompts whose pictures differ in reward",
+        (
+            "rlhf curate --config curate/scenes",
+            "rlhf align --config align/scenes prompts.source=runs/curated/kept.jsonl",
+            "rlhf curate --resume runs/curated threshold=0.2",
+        ),
+        resumable=True,
+    ),
+    Program(
         "generate",
         "make pictures from prompts",
         ('rlhf generate prompt="a red circle" model=scenes', "rlhf generate model=runs/scenes"),

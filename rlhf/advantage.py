@@ -66,17 +66,37 @@ class AdvantageReport:
 
     `reward/<judge>/{mean,std}` over ok scores (std is population), `{failed,na}` as shares of all
     samples, `flag/<flag>` likewise (a prompt that was cut, a picture that was scaled down),
-    `reward/total` = mean weighted score of samples with every applying score, higher is better; the
-    two means once more by category, as `reward/<judge>/mean/<category>` and
-    `reward/total/<category>`. `advantage/live` = share, `advantage/dropped/<category>/<why>` =
-    groups (see `GroupCounts`), `advantage/share/<judge>` = |corr(A_k, A)|, A_k the judge's part of
-    A, over the live samples of groups in which it has a weight. For watching judges what is called
-    `reward/<judge>` is called `watch/<judge>`. Means and counts of nothing are absent, not 0.
-    `seconds/judge/<judge>` is what a judge worked, in its worker.
+    `reward/total` = mean weighted score of samples with every applying score, higher is better.
+    `advantage/live` = share of samples, `advantage/flat` = share of groups that are not live as
+    every judge gave equal scores, `advantage/dropped/<category>/<why>` = groups by `GroupCounts`.
+    Means and the live share come once more by category: `reward/<judge>/mean/<category>`,
+    `reward/total/<category>`, `advantage/live/<category>`. `advantage/share/<judge>` =
+    |corr(A_k, A)|, A_k the judge's part of A, over the live samples of groups in which it has a
+    weight. For watching judges what is called `reward/<judge>` is called `watch/<judge>`. Means and
+    counts of nothing are absent, not 0. `seconds/judge/<judge>` is what a judge worked, in its
+    worker.
     """
 
     by_category: Mapping[str, GroupCounts]
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The composite rewards (weighted raw scores, higher is better) of one group's samples.
+
+    `height` says where their mean lies between the bad (0) and the good end of the judges' ranges.
+    A group with fewer than two samples that have every score that counts has only `lost`, why.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    height: float = 0.0
+    lost: str = ""  # "few", "required" or "unjudged" of GroupCounts
+
+    @property
+    def range(self) -> float:
+        return self.high - self.low
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +149,38 @@ def group_advantages(
     value = np.clip(_over_batch(raw, live) if scheme == "gdpo" else raw, -clip, clip)
     metrics = _judge_metrics(scores, categories, watch)
     metrics |= _totals([_total(group) for group in groups], categories)
-    metrics["advantage/live"] = float(live.mean())
-    metrics |= _dropped(counts)
+    metrics |= _liveness(live, categories, counts)
     metrics |= _shares(scores.judges, groups, found, value)
     advantages = Advantages(
         value_PG=torch.from_numpy(value.astype(np.float32)), live_PG=torch.from_numpy(live)
     )
     return advantages, AdvantageReport(by_category=counts, metrics=metrics)
+
+
+def spreads(
+    scores: Scores,
+    weights: Mapping[str, Mapping[str, float]],
+    categories: Sequence[str],
+    required: Sequence[str] = (),
+) -> list[Spread]:
+    """How far apart the composite rewards of each group are; arguments as of `group_advantages`.
+
+    Raises ConfigError for unknown judges, and weights that are negative or of no category.
+    """
+    _check(scores, weights, categories, required, ())
+    out = []
+    for p, category in enumerate(categories):
+        group = _read(scores, p, _weights_of(weights, category), required)
+        total = _total(group)
+        if len(total) < 2:
+            out.append(Spread(lost=_fate(group, ())))
+            continue
+        weighed = list(zip(group.weight, scores.judges, strict=True))
+        worst = sum(w * (c.low if c.better == "higher" else -c.high) for w, c in weighed)
+        reach = sum(w * (c.high - c.low) for w, c in weighed)
+        height = float((total.mean() - worst) / reach)
+        out.append(Spread(low=float(total.min()), high=float(total.max()), height=height))
+    return out
 
 
 def _sum(group: _Group, scores: Scores) -> _Parts:
@@ -247,10 +292,18 @@ def _totals(totals: Sequence[np.ndarray], categories: Sequence[str]) -> dict[str
     return {f"reward/total{c}": float(own.mean()) for c, own in parts.items() if own.size}
 
 
-def _dropped(counts: Mapping[str, GroupCounts]) -> dict[str, float]:
+def _liveness(
+    live: Bool[np.ndarray, "p g"], categories: Sequence[str], counts: Mapping[str, GroupCounts]
+) -> dict[str, float]:
+    out = {"advantage/live": float(live.mean())}
+    for category in counts:
+        own = live[[c == category for c in categories]]
+        out[f"advantage/live/{category}"] = float(own.mean())
+    flat = sum(n.flat_high + n.flat_low for n in counts.values())
+    out["advantage/flat"] = flat / len(categories)
     whys = [name for name in GroupCounts.__slots__ if name not in ("groups", "live")]
     found = {f"{c}/{why}": getattr(n, why) for c, n in counts.items() for why in whys}
-    return {f"advantage/dropped/{name}": float(n) for name, n in found.items() if n}
+    return out | {f"advantage/dropped/{name}": float(n) for name, n in found.items() if n}
 
 
 def _judge_metrics(

@@ -31,10 +31,12 @@ from rlhf.losses import (
     transition_log_prob,
     transition_weight,
     velocity_kl,
+    weighted,
 )
 from rlhf.policies.base import Condition, Policy
 from rlhf.schedule import Schedule
 from rlhf.types import Advantages, Rollouts, StepReport, Trajectory, Version
+from rlhf.windows import emphasised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,8 @@ class AlignmentLearner:
         grid = torch.tensor(rollouts.schedule.sigmas[:-1])
         low, high = (int(round(f * len(grid))) for f in loss.sigma_span)
         low = min(low, len(grid) - 1)
-        sigma = grid[torch.randint(low, max(high, low + 1), (len(x0),), generator=rows)]
+        levels = range(low, max(high, low + 1))
+        sigma = grid[self._levels(levels, len(grid), len(x0), rows)]
         eps = torch.randn(x0.shape, generator=rows)
         x = noised(x0, eps, sigma)
         with torch.no_grad():
@@ -179,7 +182,15 @@ class AlignmentLearner:
         v = self._velocity(x, sigma, rollouts, "train")
         seen = Noised(v_theta=v, v_old=v_old, x_s=x, x0=x0, eps=eps, sigma_G=sigma)
         terms = loss.loss.function(seen, advantage_G, weight_G, loss)
-        return self._held(terms, v, others, weight_G)
+        return self._held(_with_sigma(terms, sigma, weight_G), v, others, weight_G)
+
+    def _levels(self, levels: range, steps: int, count: int, rows: torch.Generator) -> Tensor:
+        """Grid positions, one for each sample."""
+        emphasis = self.config.loss.emphasis
+        if emphasis == 0:
+            return torch.randint(levels.start, levels.stop, (count,), generator=rows)
+        weights = emphasised(levels, steps, emphasis)
+        return levels.start + torch.multinomial(weights, count, replacement=True, generator=rows)
 
     def _held(self, terms: LossTerms, v: Tensor, others: list[Tensor], weight_B) -> LossTerms:
         """With the KL to each slot that the weights are held near; rows of `v` weigh `weight_B`."""
@@ -221,6 +232,8 @@ class AlignmentLearner:
             h_K=torch.tensor([grid.sigmas[i] - grid.sigmas[i + 1] for i in t.index_K]),
         )
         terms = loss.loss.function(steps, advantage_G, weight_G, loss)
+        mean = sum(grid.sigmas[i] for i in t.index_K) / len(t.index_K)
+        terms = _with_sigma(terms, torch.full_like(weight_G, mean), weight_G)
         exact = loss.kl_form == "gaussian"
         rows = transition_weight(weight_G, factors if exact else [1.0] * len(factors))
         return self._held(terms, v.flatten(0, 1), [o.flatten(0, 1) for o in others], rows)
@@ -321,3 +334,8 @@ class AlignmentLearner:
         self.learner.load_state(state.tensors["optimiser"], state.meta["learner"])
         self.iteration = int(state.meta["iteration"])
         return self.iteration
+
+
+def _with_sigma(terms: LossTerms, sigma_G: Tensor, weight_G: Tensor) -> LossTerms:
+    """With `trained/sigma`, the mean noise level that is trained, over live samples."""
+    return replace(terms, metrics={**terms.metrics, "trained/sigma": weighted(sigma_G, weight_G)})

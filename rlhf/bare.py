@@ -37,6 +37,7 @@ class Work:
     groups: int
     group_size: int
     steps: int
+    shared: int  # of these, steps that the members of a group take as one row
     branches: int  # 2 with guidance: conditional and unconditional
     updates: int
     train_rows: int  # rows of one training call, which goes forward and backward
@@ -59,11 +60,14 @@ class Work:
         """Forward alone, in training."""
         return self.groups * (self.updates * self.still + self.replayed) * self.train_branches
 
+    def _rows(self) -> int:
+        return self.shared + (self.steps - self.shared) * self.group_size
+
     def counts(self) -> dict[str, int]:
         """Rows by what is done to them; prefixes are rows of a prompt's tokens."""
         prefixes = self.groups * self.branches, self.train_calls + self.still_calls
         return {
-            "count/rollout/forward_rows": self.rollout_calls * self.group_size,
+            "count/rollout/forward_rows": self.groups * self.branches * self._rows(),
             "count/rollout/prefixes": prefixes[0] if self.cached_prefix else 0,
             "count/train/backward_rows": self.train_calls * self.train_rows,
             "count/train/forward_rows": self.still_calls * self.train_rows,
@@ -79,14 +83,15 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
     """
     loss = alignment.loss
     ratio = loss.loss.form is not None
-    window = sampler.window[1] - sampler.window[0]
+    trained = len(sampler.trained) or sampler.window[1] - sampler.window[0]
     return Work(
         groups=groups,
         group_size=group_size,
         steps=sampler.steps,
+        shared=sampler.shared_steps,
         branches=2 if sampler.guidance > 1 else 1,
         updates=loss.updates_per_rollout,
-        train_rows=group_size * (window if ratio else 1),
+        train_rows=group_size * (trained if ratio else 1),
         train_branches=2 if alignment.train_guidance > 1 else 1,
         still=int(not ratio) + len(loss.penalties),
         replayed=int(ratio and loss.old_logp == "replay"),
@@ -156,17 +161,21 @@ class Bare:
     @torch.no_grad()
     def _rollout(self, prompt: Prompt) -> float:
         transformer = self.policy.transformer
-        x, sigma = self._inputs(self.work.group_size)
-        with captured(transformer) as calls:
-            for condition in self._conditions(prompt, self.work.branches):
-                self._velocity(x, sigma, condition)
-        steps = calls[1::2] if self.work.cached_prefix else calls
-        prefixes = calls[::2] if self.work.cached_prefix else []
+        work, conditions = self.work, self._conditions(prompt, self.work.branches)
+        prefixes: list[dict[str, Any]] = []
+        rows: list[list[dict[str, Any]]] = []  # calls of one step, of one row and of a whole group
+        for size in (1, work.group_size):
+            x, sigma = self._inputs(size)
+            with captured(transformer) as calls:
+                for condition in conditions:
+                    self._velocity(x, sigma, condition)
+            rows.append(calls[1::2] if work.cached_prefix else calls)
+            prefixes = calls[::2] if work.cached_prefix else []
         began = time.perf_counter()
         for kwargs in prefixes:
             transformer(**kwargs)
-        for _ in range(self.work.steps):
-            for kwargs in steps:
+        for step in range(work.steps):
+            for kwargs in rows[step >= work.shared]:
                 transformer(**kwargs)
         self._finish()
         return time.perf_counter() - began

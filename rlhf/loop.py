@@ -8,44 +8,23 @@ sink.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from rewards.types import Scores
-from rlhf.advantage import Scheme, group_advantages
+from rlhf.batch import Batch, Terms, check_failures, refilled
 from rlhf.cluster.base import Cluster
-from rlhf.errors import TooManyFailures
-from rlhf.monitor import figures
 from rlhf.rollout import Request
 from rlhf.types import GroupRef, Version
 
 
 @runtime_checkable
-class Plan(Protocol):
+class Plan(Terms, Protocol):
     """What an iteration is made of; a program's configuration provides it."""
 
     @property
     def iterations(self) -> int: ...
-
-    @property
-    def weights(self) -> Mapping[str, Mapping[str, float]]: ...
-
-    @property
-    def required(self) -> Sequence[str]: ...
-
-    @property
-    def advantage_clip(self) -> float: ...
-
-    @property
-    def scheme(self) -> Scheme: ...
-
-    @property
-    def watch(self) -> Sequence[str]: ...
-
-    @property
-    def max_failed_share(self) -> float: ...
 
     def request(self, iteration: int) -> Request: ...
 
@@ -88,36 +67,16 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
         with clock("reward"):
             scores = cluster.score(refs)
         check_failures(scores, plan.max_failed_share)
-        categories = [p.category for p in request.prompts]
-        advantages, judged = group_advantages(
-            scores,
-            plan.weights,
-            categories,
-            plan.required,
-            plan.advantage_clip,
-            plan.scheme,
-            plan.watch,
-        )
+        batch = Batch.of(plan, refs, scores, range(len(refs)), request.forwards)
+        if plan.refill:
+            with clock("refill"):
+                batch = refilled(cluster, plan, batch, version)
+        refs = batch.refs
         with clock("train"):
-            report = cluster.update(refs, advantages)
+            report = cluster.update(refs, batch.advantages)
         with clock("sync"):
             version = cluster.publish("behaviour")
-        row |= {**judged.metrics, **figures(scores), **report.metrics}
+        row |= {**batch.metrics, **report.metrics}
         row["seconds/total"] = time.monotonic() - began
         version = observer.observe(iteration, refs, row, version)
         cluster.release(refs)
-
-
-def check_failures(scores: Scores, limit: float) -> None:
-    """Raise TooManyFailures when a judge failed for more than `limit` of the samples it was asked
-    about.
-    """
-    for name, groups in scores.table.items():
-        flat = [s for group in groups for s in group if s.state != "na"]
-        bad = [s for s in flat if s.state == "failed"]
-        if flat and len(bad) / len(flat) > limit:
-            raise TooManyFailures(
-                f"judge {name} failed for {len(bad)} of {len(flat)} samples (limit {limit:.0%});"
-                " the first reason:"
-                f" {bad[0].reason}"
-            )

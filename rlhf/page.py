@@ -164,7 +164,7 @@ def _summary(program: str, rows: Sequence[Row], result: Mapping[str, Any], about
         parts.append(f"{len(rows)} iterations")
     total = sum(row.get("samples") or 0 for row in rows)
     if total:
-        parts.append(f"{total:,} pictures")
+        parts.append(f"{total:,.0f} pictures")
     seconds = result.get("seconds") or sum(row.get("seconds/total") or 0 for row in rows)
     if seconds:
         parts.append(_duration(seconds))
@@ -254,7 +254,7 @@ def _machine(rows: Sequence[Row], result: Mapping[str, Any], about: Mapping[str,
              for key, value in facts.items()]  # fmt: skip
     if "seconds" in result:
         lines.append(["whole run", _duration(result["seconds"])])
-    for part in ("rollout", "reward", "train", "sync", "total"):
+    for part in ("rollout", "reward", "refill", "train", "sync", "total"):
         spent = [row[f"seconds/{part}"] for row in rows if row.get(f"seconds/{part}") is not None]
         if spent:
             each = f"{sum(spent) / len(spent):.2f} s per iteration"

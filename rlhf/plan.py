@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
@@ -21,14 +21,18 @@ from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
 from rlhf.losses import Choice, LossConfig, check_choice
+from rlhf.losses.table import WHOLE
 from rlhf.monitor import MonitorConfig
 from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
-from rlhf.prompts import PromptSet, batch_of
-from rlhf.rollout import Request, seeds_of
+from rlhf.prompts import PromptSet, batch_of, further
+from rlhf.rollout import Noisy, Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.schedule import build, qwen_image21_sigmas
 from rlhf.typed import convert
-from rlhf.types import Prompt
+from rlhf.types import GroupRef, Prompt
+from rlhf.windows import Windows, drawn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,7 @@ class Config:
 
     `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
     `scheme`. `ema`: slot `ema` keeps this share of itself at every update; 0 = there is none.
+    `refill`: rounds in which groups without a live sample are replaced by those of further prompts.
     """
 
     name: str = "align"
@@ -70,9 +75,11 @@ class Config:
     iterations: int = 40
     prompts_per_iteration: int = 12
     group_size: int = 8
+    refill: int = 0
     prompts: PromptSet = field(default_factory=PromptSet)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: Sampler = field(default_factory=lambda: Sampler(guidance=3.0))
+    windows: Windows = field(default_factory=Windows)
     train_guidance: float = 1.0
     reference_guidance: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
@@ -131,10 +138,17 @@ class Config:
             kl_form=loss.kl_form if loss.penalties else None,
             replayed=loss.old_logp == "replay",
             own_grid=own_grid,
+            shared_noise=self.rollout.shared_noise,
+            moving=self.windows.kind != "fixed",
+            subset=bool(loss.trained_steps or self.rollout.trained),
+            span=loss.sigma_span != WHOLE,
+            emphasis=loss.emphasis > 0,
+            drawn=loss.trained_steps > 0,
         )
 
     def _check_loss(self) -> None:
         check_choice(self._choice())
+        self._check_windows()
         loss, (start, stop) = self.loss.loss, self.rollout.window
         if loss.form is not None and stop <= start:
             raise ConfigError(
@@ -158,6 +172,21 @@ class Config:
                 " got none: write ema=0.99"
             )
 
+    def _check_windows(self) -> None:
+        self.windows.check_in(self.rollout.window)
+        start, stop = self.windows.middle(self.rollout.window)
+        stated, count = self.rollout.trained, self.loss.trained_steps
+        if stated and (self.windows.kind != "fixed" or count):
+            raise ConfigError(
+                f"rollout.trained={list(stated)}: expected a fixed window and loss.trained_steps=0,"
+                " which draws them: two answers to one question"
+            )
+        if count and not count < stop - start:
+            raise ConfigError(
+                f"loss.trained_steps: expected less than the {stop - start} steps of a window, got"
+                f" {count}: write 0 to train all of them"
+            )
+
     def _check_numbers(self) -> None:
         counts = {
             "iterations": self.iterations,
@@ -169,6 +198,8 @@ class Config:
         for key, value in counts.items():
             if value < 1:
                 raise ConfigError(f"{key}: expected at least 1, got {value}")
+        if self.refill < 0:
+            raise ConfigError(f"refill: expected 0 rounds or more, got {self.refill}")
         if not 0 <= self.max_failed_share <= 1:
             raise ConfigError(
                 f"max_failed_share: expected a share from 0 to 1, got {self.max_failed_share}"
@@ -200,15 +231,11 @@ class Config:
         for sampler in (self.rollout, self.protocol().sampler):
             sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
-            build(sigmas, sampler.kernel, level, sampler.window)
+            build(sigmas, sampler.kernel, level, sampler.window, sampler.trained)
 
     def resolved(self) -> Config:
         """With the weights of the file in their place. Raises ConfigError."""
-        if self.weights_from is None:
-            return self
-        found = read_yaml(Path(self.weights_from))
-        table = convert(dict[str, dict[str, float]], found, "weights_from", Config)
-        return replace(self, weights=table, weights_from=None)
+        return read_weights(self)
 
     def judge_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """`weights`, or equal weights of the judges of these names."""
@@ -232,6 +259,21 @@ class Config:
             cluster=self.cluster,
         )
 
+    def noisy(self, iteration: int, group: int) -> Noisy:
+        """The stochastic steps of a group, and those that are trained."""
+        key = self.seed, iteration, group
+        window, count = self.windows.at(self.rollout.window, *key), self.loss.trained_steps
+        if not count:
+            return Noisy(window=window, trained=self.rollout.trained)
+        steps = drawn(window, self.rollout.steps, count, self.loss.emphasis, *key)
+        return Noisy(window=window, trained=steps)
+
+    def usual_sampler(self) -> Sampler:
+        """The rollouts' sampler with a window as groups have, for counting work."""
+        window = self.windows.middle(self.rollout.window)
+        first = tuple(range(window[0], window[0] + self.loss.trained_steps))
+        return replace(self.rollout, window=window, trained=self.rollout.trained or first)
+
     def protocol(self) -> Protocol:
         """How held-out pictures are made."""
         e = self.evaluation
@@ -240,6 +282,8 @@ class Config:
             steps=e.steps,
             kernel="ode",
             window=(0, 0),
+            trained=(),
+            shared_noise=False,
             guidance=self.rollout.guidance if e.guidance is None else e.guidance,
         )
         settings = tuple(s for s in e.settings if s != "w1" or sampler.guidance > 1) or ("guided",)
@@ -259,6 +303,7 @@ class Plan:
     max_failed_share: float
     scheme: Scheme
     watch: Sequence[str]
+    refill: int
 
     @staticmethod
     def of(
@@ -278,7 +323,7 @@ class Plan:
             )
         weights = config.judge_weights(judges)
         if cards is not None:
-            check_judges(config, weights, judges, {p.category for p in prompts})
+            check_judges(config.required, weights, judges, {p.category for p in prompts})
         return Plan(
             config=config,
             prompts=prompts,
@@ -289,6 +334,7 @@ class Plan:
             max_failed_share=config.max_failed_share,
             scheme=config.scheme,
             watch=watch,
+            refill=config.refill,
         )
 
     def request(self, iteration: int) -> Request:
@@ -297,24 +343,53 @@ class Plan:
         chosen = batch_of(
             self.prompts, c.prompts_per_iteration, iteration, c.seed, c.prompts.shares()
         )
+        return self._request(iteration, chosen, 0)
+
+    def further(
+        self, iteration: int, round: int, sampled: Sequence[GroupRef], flat: Sequence[int]
+    ) -> tuple[Request, Sequence[int]]:
+        """See `rlhf.batch.Terms`. Prompts of the same sources that the iteration has not had."""
+        used = {ref.prompt.id for ref in sampled}
+        gone = [sampled[place].prompt for place in flat]
+        found = further(self.prompts, gone, used, self.config.seed, iteration, round)
+        pairs = [(place, p) for place, p in zip(flat, found, strict=True) if p is not None]
+        request = self._request(iteration, tuple(p for _, p in pairs), len(sampled))
+        return request, [place for place, _ in pairs]
+
+    def _request(self, iteration: int, prompts: tuple[Prompt, ...], first: int) -> Request:
+        c = self.config
+        groups = range(first, first + len(prompts))
         return Request(
             iteration=iteration,
-            prompts=chosen,
-            seeds=seeds_of(c.seed, iteration, len(chosen), c.group_size),
+            prompts=prompts,
+            seeds=seeds_of(c.seed, iteration, len(prompts), c.group_size, first),
             sampler=c.rollout,
             store=c.loss.loss.requires,
             train_guidance=c.train_guidance,
+            noisy=tuple(c.noisy(iteration, g) for g in groups),
+            first=first,
         )
 
 
+def read_weights(config: T) -> T:
+    """A configuration with the weights of its file in their place. Raises ConfigError."""
+    path = config.weights_from  # type: ignore[attr-defined]
+    if path is None:
+        return config
+    table = convert(
+        dict[str, dict[str, float]], read_yaml(Path(path)), "weights_from", type(config)
+    )
+    return replace(config, weights=table, weights_from=None)  # type: ignore[type-var]
+
+
 def check_judges(
-    config: Config,
+    required: Sequence[str],
     weights: Mapping[str, Mapping[str, float]],
     names: Sequence[str],
     categories: set[str],
 ) -> None:
     """Raise ConfigError where weights, required judges and prompts do not fit the judges."""
-    named = {*config.required, *(name for row in weights.values() for name in row)}
+    named = {*required, *(name for row in weights.values() for name in row)}
     if unknown := sorted(named - set(names)):
         raise ConfigError(
             f"weights and required: expected judges among {list(names)}, got {unknown}"

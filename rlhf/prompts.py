@@ -9,7 +9,7 @@ Columns: `prompt` (required), `category` ("general" if absent), `negative_prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -220,9 +220,24 @@ def batch_of(
     each = size // sum(shares.values())
     batch: list[Prompt] = []
     for k, (source, share) in enumerate(shares.items()):
-        own = [p for p in prompts if p.id.rpartition("#")[0] == source]
+        own = [p for p in prompts if p.source == source]
         batch += _draw(own, each * share, iteration, (32, seed, k), f" of {source}")
     return tuple(batch)
+
+
+def further(
+    prompts: Sequence[Prompt], replaced: Sequence[Prompt], used: Collection[str], *key: int
+) -> list[Prompt | None]:
+    """A prompt of the same source in the place of each; None where all of a source are `used`.
+
+    `used` holds ids. The order is a permutation keyed by `key`: nothing is stored.
+    """
+    order = np.random.default_rng([33, *key]).permutation(len(prompts))
+    left: dict[str, list[Prompt]] = {}
+    for i in order[::-1].tolist():
+        if prompts[i].id not in used:
+            left.setdefault(prompts[i].source, []).append(prompts[i])
+    return [left[one.source].pop() if left.get(one.source) else None for one in replaced]
 
 
 def _draw(

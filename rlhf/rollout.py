@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,22 @@ from rlhf.types import Field, Geometry, GroupRef, Prompt, Rollouts, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy:
+    """The stochastic steps of one group, start <= index < stop, and which of them are trained
+    (empty: all).
+    """
+
+    window: tuple[int, int]
+    trained: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A batch of groups to sample: prompts with their seeds, how, and what to keep for the loss."""
+    """A batch of groups to sample: prompts with their seeds, how, and what to keep for the loss.
+
+    `noisy` replaces the sampler's window group by group, where it is not empty. `first` is the
+    position of the first group among those of its iteration and purpose.
+    """
 
     iteration: int
     prompts: tuple[Prompt, ...]
@@ -26,6 +40,24 @@ class Request:
     purpose: str = "train"
     store: tuple[Field, ...] = ()
     train_guidance: float = 1.0
+    noisy: tuple[Noisy, ...] = ()
+    first: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """Rows through the transformer, prefixes not counted."""
+        every = enumerate(self.seeds)
+        return sum(self._sampler(i).forwards(len(seeds)) for i, seeds in every)
+
+    def sampler_of(self, ref: GroupRef) -> Sampler:
+        """How one of its groups is sampled."""
+        return self._sampler(ref.group - self.first)
+
+    def _sampler(self, index: int) -> Sampler:
+        if not self.noisy:
+            return self.sampler
+        own = self.noisy[index]
+        return replace(self.sampler, window=own.window, trained=own.trained)
 
     def refs(self, version: Version) -> list[GroupRef]:
         """One handle per group, in order."""
@@ -38,14 +70,18 @@ class Request:
                 seeds=s,
                 version=version,
             )
-            for i, (p, s) in enumerate(zip(self.prompts, self.seeds, strict=True))
+            for i, (p, s) in enumerate(zip(self.prompts, self.seeds, strict=True), self.first)
         ]
 
 
-def seeds_of(seed: int, iteration: int, groups: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Sample seeds, `size` per group, keyed by (seed, iteration, group)."""
+def seeds_of(
+    seed: int, iteration: int, groups: int, size: int, first: int = 0
+) -> tuple[tuple[int, ...], ...]:
+    """Sample seeds, `size` per group, keyed by (seed, iteration, group), from group `first` on."""
     draw = lambda g: np.random.SeedSequence([5, seed, iteration, g]).generate_state(size, np.uint64)  # noqa: E731
-    return tuple(tuple(int(s >> np.uint64(1)) for s in draw(g)) for g in range(groups))
+    return tuple(
+        tuple(int(s >> np.uint64(1)) for s in draw(g)) for g in range(first, first + groups)
+    )
 
 
 class RolloutWorker:
@@ -70,7 +106,7 @@ class RolloutWorker:
                 f"expected to sample with {ref.version}, but this worker holds {self.version}:"
                 " publish before rollout"
             )
-        sampler = request.sampler
+        sampler = request.sampler_of(ref)
         sources = [images.load_image(p) for p in ref.prompt.sources]
         got = sample(
             self.policy,

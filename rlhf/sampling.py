@@ -24,8 +24,11 @@ from rlhf.types import Field, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """How pictures are made. `window` is the range of steps that are stochastic, stored and
-    trained.
+    """How pictures are made. `window` is the range of steps that are stochastic, `trained` names
+    those of them that are stored and trained (empty: all).
+
+    `shared_noise`: all members of a group start from the same x at sigma = 1. They branch at the
+    first stochastic step; until there they are one and the same, and sampled as one.
     """
 
     steps: int = 10
@@ -33,10 +36,11 @@ class Sampler:
     kernel: Kernel = "ode"
     noise_level: float = 0.7
     window: tuple[int, int] = (0, 0)
+    trained: tuple[int, ...] = ()
     height: int = 64
     width: int = 64
     cached_prefix: bool = True
-    shared_noise: bool = False  # all members of a group start from the same x at sigma = 1
+    shared_noise: bool = False
 
     def check(self) -> None:
         if self.guidance < 1:
@@ -48,10 +52,22 @@ class Sampler:
     def size(self) -> tuple[int, int]:
         return self.height, self.width
 
+    def forwards(self, group_size: int) -> int:
+        """Rows through the transformer for one group, prefixes not counted."""
+        rows = group_size * (self.steps - self.shared_steps) + self.shared_steps
+        return rows * (2 if self.guidance > 1 else 1)
+
+    @property
+    def shared_steps(self) -> int:
+        """Steps that the members of a group take as one."""
+        return self.window[0] if self.shared_noise else 0
+
     def schedule(self, policy: Policy) -> schedule.Schedule:
         """The grid of this sampler on a policy. Raises ConfigError for an impossible window."""
         level = self.noise_level if self.kernel != "ode" else 0.0
-        return schedule.build(policy.sigmas(self.steps, self.size), self.kernel, level, self.window)
+        return schedule.build(
+            policy.sigmas(self.steps, self.size), self.kernel, level, self.window, self.trained
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +126,23 @@ def sample(
     empty = policy.encode(negative, sources) if sampler.guidance > 1 else None
     field = guided_field(policy, sampler, condition, empty, slot)
     shape = policy.latent_shape(sampler.size)
-    starts = [seeds[0]] * len(seeds) if sampler.shared_noise else list(seeds)
+    starts = seeds[:1] if sampler.shared_noise else seeds
     x = torch.stack([noise.initial_noise(s, shape) for s in starts])
     kept: list[dict[str, Tensor]] = []
-    cosines = []
+    cosines, forwards = [], 0
     for index in range(grid.n_steps):
+        if index == sampler.shared_steps:
+            x = x.expand(len(seeds), *shape)
+        forwards += len(x) * (1 if empty is None else 2)
         v_c, v_u = field(x, grid.sigmas[index])
         v = v_c if v_u is None else kernels.guide(v_c, v_u, sampler.guidance)
         if v_u is not None:
             gap = (v_c - v_u).flatten(1)
             cosines.append(torch.cosine_similarity(gap, v_c.flatten(1)).mean())
-        stochastic = index in grid.trained
+        stochastic = index in grid.noisy
         z = torch.stack([noise.step_noise(s, index, shape) for s in seeds]) if stochastic else None
         done = kernels.step(x, v, grid, index, z)
-        if stochastic and form is not None:
+        if index in grid.trained and form is not None:
             v_train = v_c if v_u is None else kernels.guide(v_c, v_u, train_guidance)
             shift = kernels.guidance_shift(v, v_train, grid, index) if "shift" in store else None
             logp = transition_log_prob(v_train, x, done.next, grid, index, form, shift)
@@ -137,7 +156,7 @@ def sample(
         pixels=policy.decode(x, sampler.size),
         schedule=grid,
         trajectory=_trajectory(grid.trained, kept) if kept else None,
-        forwards=len(x) * grid.n_steps * (2 if empty is not None else 1),
+        forwards=forwards,
         guidance_cosine=float(torch.stack(cosines).mean()) if cosines else None,
     )
 

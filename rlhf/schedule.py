@@ -24,13 +24,15 @@ class Schedule:
     """Grid, kernel and window of one sampling run. Make it with `build`, which checks it.
 
     `sigmas` holds n_steps + 1 values from 1 to 0. Steps start <= index < stop of `window` take the
-    kernel's noise and are the ones stored and trained; all the others are plain Euler steps.
+    kernel's noise; all the others are plain Euler steps. Those in `subset` are stored and trained,
+    all of the window where it is empty.
     """
 
     sigmas: tuple[float, ...]
     kernel: Kernel = "ode"
     noise_level: float = 0.0  # dimensionless, >= 0
     window: tuple[int, int] = (0, 0)  # (start, stop); (0, 0) = no stochastic step
+    subset: tuple[int, ...] = ()
 
     @property
     def n_steps(self) -> int:
@@ -42,9 +44,14 @@ class Schedule:
         return self.sigmas[1]
 
     @property
-    def trained(self) -> range:
-        """Indices of the stochastic, stored and trained steps."""
+    def noisy(self) -> range:
+        """Indices of the stochastic steps."""
         return range(*self.window)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Indices of the stored and trained steps, all of them stochastic."""
+        return self.subset or tuple(self.noisy)
 
     def coefficients(self, index: int) -> Coefficients:
         """(alpha, gamma, q) of step `index`; q = 0 outside the window or without noise."""
@@ -53,7 +60,7 @@ class Schedule:
                 f"expected a step index in 0..{self.n_steps - 1}, got {index}: "
                 "indices count steps from the noise end, negative ones are not accepted"
             )
-        noisy = self.noise_level > 0.0 and index in self.trained
+        noisy = self.noise_level > 0.0 and index in self.noisy
         row = TABLE[self.kernel if noisy else "ode"].coefficients
         return row(self.sigmas[index], self.sigmas[index + 1], self.s_max, self.noise_level)
 
@@ -63,6 +70,7 @@ def build(
     kernel: Kernel = "ode",
     noise_level: float = 0.0,
     window: tuple[int, int] = (0, 0),
+    subset: Sequence[int] = (),
 ) -> Schedule:
     """A checked Schedule. Raises ConfigError for anything that could not be sampled or trained."""
     schedule = Schedule(
@@ -70,6 +78,7 @@ def build(
         kernel=kernel,
         noise_level=float(noise_level),
         window=(int(window[0]), int(window[1])),
+        subset=tuple(int(i) for i in subset),
     )
     _check_grid(schedule.sigmas)
     if kernel not in TABLE:
@@ -78,6 +87,7 @@ def build(
         _check_ode(schedule)
     else:
         _check_stochastic(schedule)
+    _check_subset(schedule)
     return schedule
 
 
@@ -120,13 +130,22 @@ def _check_stochastic(schedule: Schedule) -> None:
             f"kernel {schedule.kernel!r} (so little noise is left that rounding alone moves the "
             "log-prob past any clip range)"
         )
-    for index in schedule.trained:
+    for index in schedule.noisy:
         q = schedule.coefficients(index).q
         if not (math.isfinite(q) and 0.0 < q < MAX_Q):
             raise ConfigError(
                 f"expected 0 < q < {MAX_Q} at step {index}, got q = {q}: "
                 "lower noise_level, move the window or use another grid"
             )
+
+
+def _check_subset(schedule: Schedule) -> None:
+    subset = schedule.subset
+    if list(subset) != sorted(set(subset)) or not set(subset) <= set(schedule.noisy):
+        raise ConfigError(
+            f"expected trained steps in rising order inside the window {schedule.window}, got"
+            f" {list(subset)}: only steps with noise have a log-prob"
+        )
 
 
 def qwen_image21_sigmas(

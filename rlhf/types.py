@@ -30,6 +30,11 @@ class Prompt:
     target: str | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def source(self) -> str:
+        """The set that the prompt is of: what stands before the `#` of its id."""
+        return self.id.rpartition("#")[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:

@@ -11,6 +11,7 @@ from rlhf.losses.base import (
     keep_live,
     summarise,
     transition_log_prob,
+    weighted,
 )
 from rlhf.losses.dppo import dppo
 from rlhf.losses.grpo import grpo
@@ -44,4 +45,5 @@ __all__ = [
     "transition_log_prob",
     "transition_weight",
     "velocity_kl",
+    "weighted",
 ]

@@ -20,6 +20,8 @@ from rlhf.losses.guard import guard
 from rlhf.losses.kl import KLForm
 from rlhf.losses.nft import nft
 
+WHOLE = (0.0, 1.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
@@ -29,7 +31,9 @@ class LossConfig:
     reference, `kl_ema` near their running average (losses/kl.py). `behaviour_lag`: after iteration
     i the behaviour slot keeps min(lag_max, lag_rate * i) of itself (NFT); for other losses it
     becomes `train`. `sigma_span` is the part of the grid that forward-process losses draw from, 0 =
-    noise end. `divergence` is DPPO's limit, `weighting` AWM's g.
+    noise end; `trained_steps`, how many of a group's noisy steps are drawn for a ratio loss, 0 =
+    all. `emphasis`: how much likelier high noise is in either draw (`rlhf.windows`). `divergence`
+    is DPPO's limit, `weighting` AWM's g.
     """
 
     name: str = "nft"
@@ -45,7 +49,9 @@ class LossConfig:
     kl_form: KLForm = "velocity"
     lag_max: float = 0.7
     lag_rate: float = 0.02
-    sigma_span: tuple[float, float] = (0.0, 1.0)
+    sigma_span: tuple[float, float] = WHOLE
+    trained_steps: int = 0
+    emphasis: float = 0.0
     old_logp: Literal["rollout", "replay"] = "rollout"
     replay_tolerance: float = 1e-6
 
@@ -59,6 +65,11 @@ class LossConfig:
         if not 0 <= self.sigma_span[0] < self.sigma_span[1] <= 1:
             raise ConfigError(
                 f"loss.sigma_span: expected 0 <= low < high <= 1, got {self.sigma_span}"
+            )
+        if self.trained_steps < 0 or not 0 <= self.emphasis <= 100:
+            raise ConfigError(
+                "loss: expected trained_steps of 0 (all) or more and an emphasis from 0 to 100, got"
+                f" {self.trained_steps} and {self.emphasis}"
             )
         if min(self.beta, self.adv_max, self.divergence, *self.clips) <= 0:
             raise ConfigError(
@@ -171,6 +182,12 @@ class Choice:
     kl_form: KLForm | None = None  # None without a KL
     replayed: bool = False  # old log-probs computed again by the learner
     own_grid: bool = False  # the base was distilled to a few noise levels of its own
+    shared_noise: bool = False  # members of a group start from one noise
+    moving: bool = False  # a window that slides or is drawn
+    subset: bool = False  # some of the noisy steps are trained, stated or drawn
+    span: bool = False  # some of the grid's levels are drawn from
+    emphasis: bool = False  # high noise is drawn more often
+    drawn: bool = False  # trained steps are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +228,34 @@ RULES: tuple[Rule, ...] = (
         " at freshly drawn levels blurs what it makes of them",
         instead="loss.name=grpo with a rollout.window, or a base that is not distilled",
     ),
+    Rule(
+        applies=lambda c: c.shared_noise and c.kernel == "ode",
+        reason="members that start from one noise and take certain steps are one picture, and equal"
+        " scores teach nothing",
+        instead="rollout.kernel=flow-sde with a rollout.window, or rollout.shared_noise=false",
+    ),
+    Rule(
+        applies=lambda c: c.moving and c.kernel == "ode",
+        reason="a window is where noise goes in, and Euler steps take none",
+        instead="rollout.kernel=flow-sde, or windows.kind=fixed; loss.sigma_span chooses the levels"
+        " of a forward-process loss",
+    ),
+    Rule(
+        applies=lambda c: c.subset and c.loss.form is None,
+        reason="a forward-process loss trains at levels drawn afresh, not at steps of the rollout",
+        instead="loss.sigma_span and loss.emphasis",
+    ),
+    Rule(
+        applies=lambda c: c.span and c.loss.form is not None,
+        reason="a ratio loss trains steps that were sampled with noise, not levels of the grid",
+        instead="rollout.window",
+    ),
+    Rule(
+        applies=lambda c: c.emphasis and c.loss.form is not None and not c.drawn,
+        reason="all noisy steps are trained: nothing is drawn that could fall on high noise more"
+        " often",
+        instead="loss.trained_steps=2, or a rollout.window nearer the noise end",
+    ),
 )
 
 
@@ -248,6 +293,11 @@ def columns() -> dict[str, Callable[[Loss], Choice]]:
         "Gaussian KL": usual(kl_form="gaussian"),
         "replay": usual(replayed=True),
         "distilled base": usual(own_grid=True),
+        "shared noise": usual(shared_noise=True),
+        "moving window": usual(moving=True),
+        "some of the noisy steps": usual(subset=True, drawn=True),
+        "`sigma_span`": usual(span=True),
+        "`emphasis` alone": usual(emphasis=True),
     }
 
 

@@ -49,3 +49,10 @@ class _Named:
 
 
 named = _Named()
+
+
+def red_where_wanted(images, prompts, sources, wanted):
+    """Brightness of the pictures of some prompts, -1 for others, and nothing for the rest."""
+    values = brightness(images, prompts, sources)
+    said = zip(values, wanted, strict=True)
+    return [None if keep is None else value if keep else -1.0 for value, keep in said]

@@ -32,6 +32,7 @@ class Plan:
     groups: int = 2
     scheme: str = "mo-grpo"
     watch: tuple[str, ...] = ()
+    refill: int = 0
 
     @property
     def weights(self):
@@ -40,6 +41,9 @@ class Plan:
     def request(self, iteration):
         store = LOSSES[self.loss].requires
         return request(iteration, sampler(self.loss), store, groups=self.groups)
+
+    def further(self, iteration, round, sampled, flat):
+        raise NotImplementedError
 
 
 @dataclass
