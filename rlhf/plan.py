@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
 from rlhf.monitor import MonitorConfig
-from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import describe
 from rlhf.prompts import PromptSet, batch_of
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
-from rlhf.schedule import build, qwen_image21_sigmas
+from rlhf.schedule import build
 from rlhf.typed import convert
 from rlhf.types import Prompt
 
@@ -160,22 +160,19 @@ class Config:
                 f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
             )
         self.prompts.check_batch(self.prompts_per_iteration)
-        try:
-            tokens_of(self.rollout.size)
-        except ConfigError as error:
-            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         protocol = self.protocol()
         protocol.check()
         protocol.sampler.check()
 
     def check_model(self) -> None:
-        """Raise ConfigError for a base that is not there, or a grid its scheduler cannot give."""
-        scheduler = Path(locate_base(self.policy.model)) / "scheduler" / "scheduler_config.json"
-        if not scheduler.is_file():
-            return  # a hub id: seen when it is opened
-        grid = json.loads(scheduler.read_text(encoding="utf-8"))
+        """Raise ConfigError for a base that is not there, or pictures and grids it cannot give."""
+        family, parts = describe(self.policy.model)
+        try:
+            family.tokens(self.rollout.size, parts)
+        except ConfigError as error:
+            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         for sampler in (self.rollout, self.protocol().sampler):
-            sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
+            sigmas = family.grid(sampler.steps, sampler.size, parts)
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
             build(sigmas, sampler.kernel, level, sampler.window)
 
