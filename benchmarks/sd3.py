@@ -122,7 +122,7 @@ class Study:
             prompts=(PROMPT,),
             seeds=seeds_of(0, number, 1, GROUP),
             sampler=self.sampler,
-            store="plain",
+            store=self.learner.config.loss.loss.requires,
         )
         value = torch.linspace(-1.5, 1.5, GROUP)[None]
         live = torch.ones((1, GROUP), dtype=torch.bool)
@@ -151,12 +151,12 @@ class Study:
         t = self.times
         t["needed"] = [a + b for a, b in zip(t["bare rollout"], t["bare update"], strict=True)]
         t["other"] = [a - b for a, b in zip(t["iteration"], t["needed"], strict=True)]
-        middle = (
-            lambda name, unit: statistics.median(  # noqa: E731
-                a / b for a, b in list(zip(t[name], t[unit], strict=True))[1:]
-            )
-        )
-        return {name: middle(name, "unit") for name in t if name != "unit"} | {
+
+        def middle(name: str, unit: str = "unit") -> float:
+            ratios = [a / b for a, b in zip(t[name], t[unit], strict=True)]
+            return statistics.median(ratios[1:])
+
+        return {name: middle(name) for name in t if name != "unit"} | {
             "iteration in plain forwards": middle("iteration", "plain"),
             "seconds of a unit": statistics.median(t["unit"][1:]),
         }

@@ -103,6 +103,9 @@ class Shape:
 class Towers(nn.Module):
     """`see` and `text_tokens` for heads; `embed` for scores by cosine."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, clip: nn.Module, tokenizer: Any, source: str = "", stage: int | None = None
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def family_of(model: str) -> type[PipelinePolicy]:
     Raises:
         ConfigError: nothing there, or a model of another pipeline class.
     """
+    return _read_index(model)[0]
+
+
+def _read_index(model: str) -> tuple[type[PipelinePolicy], Mapping[str, Any]]:
     path = locate_base(model)
     try:
         index: Any = DiffusionPipeline.load_config(path)
@@ -57,12 +62,21 @@ def family_of(model: str) -> type[PipelinePolicy]:
             f"policy.model: expected a {' or a '.join(FAMILIES)}, got a {found} in {path}: name"
             " another base"
         )
-    return FAMILIES[found]
+    return FAMILIES[found], index
 
 
-def describe(model: str) -> tuple[type[PipelinePolicy], Parts]:
-    """The family of a model, and the configurations it reads before weights. Raises ConfigError."""
-    family, path = family_of(model), locate_base(model)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a model says of itself before its weights are read."""
+
+    family: type[PipelinePolicy]
+    parts: Parts  # those of `family.READS`
+    own_grid: bool  # distilled to a few noise levels, written in its index
+
+
+def describe(model: str) -> Description:
+    """The description of a model. Raises ConfigError, as `family_of` does."""
+    (family, index), path = _read_index(model), locate_base(model)
     parts = {}
     for name in family.READS:
         reader = FlowMatchEulerDiscreteScheduler if name == "scheduler" else _Model
@@ -70,7 +84,8 @@ def describe(model: str) -> tuple[type[PipelinePolicy], Parts]:
             parts[name] = reader.load_config(path, subfolder=name)
         except OSError as error:
             raise ConfigError(f"policy.model: could not open '{model}': {error}") from error
-    return family, parts
+    own = index.get("sample_sigmas") is not None
+    return Description(family=family, parts=parts, own_grid=own)
 
 
 def load_policy(config: PolicyConfig) -> PipelinePolicy:

@@ -39,8 +39,8 @@ def gap(policy, pipeline, guidance=3.0, text=TEXT):
 def test_the_class_in_the_folder_decides(tiny_base, tiny_sd3):
     assert type(make_policy(tiny_base)) is QwenImage21Policy
     assert type(make_policy(tiny_sd3)) is StableDiffusion3Policy
-    assert describe(str(tiny_sd3))[0] is StableDiffusion3Policy
-    assert describe("scenes")[0] is QwenImage21Policy
+    assert describe(str(tiny_sd3)).family is StableDiffusion3Policy
+    assert describe("scenes").family is QwenImage21Policy
 
 
 @pytest.mark.parametrize("tokens", [256, 16, 0])
@@ -102,18 +102,19 @@ def test_the_schedule_is_the_schedulers(tmp_path, tiny_sd3, shift):
     folder = shutil.copytree(tiny_sd3, tmp_path / "other")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": shift}))
-    family, parts = describe(str(folder))
+    base = describe(str(folder))
     scheduler = stock_pipeline(folder).scheduler
     scheduler.set_timesteps(7)
-    ours = torch.tensor(family.grid(7, (64, 64), parts))
+    ours = torch.tensor(base.family.grid(7, (64, 64), base.parts))
     assert (ours - scheduler.sigmas).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("key", ["use_dynamic_shifting", "shift_terminal", "use_karras_sigmas"])
 def test_a_schedule_that_is_not_ours_is_refused(tiny_sd3, key):
-    family, parts = describe(str(tiny_sd3))
+    base = describe(str(tiny_sd3))
+    other = {**base.parts, "scheduler": {**base.parts["scheduler"], key: 0.1}}
     with pytest.raises(ConfigError, match=key):
-        family.grid(7, (64, 64), {**parts, "scheduler": {**parts["scheduler"], key: 0.1}})
+        base.family.grid(7, (64, 64), other)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,10 @@ def test_an_iteration_runs_the_rows_it_needs(tiny_sd3):
     """
     learner = AlignmentLearner(make_policy(tiny_sd3), alignment("grpo", updates_per_rollout=1))
     worker = RolloutWorker(make_policy(tiny_sd3))
-    handover, asked = learner.publish("behaviour"), request(1, sampler("grpo"), "plain", size=6)
+    handover, asked = (
+        learner.publish("behaviour"),
+        request(1, sampler("grpo"), ("trajectory",), size=6),
+    )
     worker.bind(handover)
     with captured(worker.policy.transformer) as sampled:
         got = [worker.rollout(ref, asked) for ref in asked.refs(handover.version)]
