@@ -34,7 +34,7 @@ from rlhf.curation import WHYS, Verdict
 from rlhf.errors import ConfigError, Interrupted
 from rlhf.files import atomic_write_text
 from rlhf.plan import check_judges, read_weights
-from rlhf.policies.qwen_image21 import PolicyConfig
+from rlhf.policies.config import PolicyConfig
 from rlhf.prompts import PromptSet, load_prompts
 from rlhf.rollout import Request, seeds_of
 from rlhf.run import Run
