@@ -52,12 +52,18 @@ class Recorder:
         version = self.cluster.publish(slot)
         result = evaluate(self.cluster, self.held_out, version, self.config.protocol())
         pictures = self.cluster.pixels(result.shown)
-        count, per = pictures.shape[:2]
-        grid = images.contact_sheet(
-            list(pictures.reshape(-1, *pictures.shape[2:])), columns=2 * per
-        )
-        grid.save(self.run.samples / f"{name}.png")
-        texts = [p.text for p in self.held_out[:count]]
+        shown = [ref.prompt for ref in result.shown]
+        per = self.config.evaluation.per_prompt
+        rows = [list(group) for group in pictures]
+        if any(p.sources for p in shown):  # what was edited, before the edits of it
+            rows = [
+                [*map(images.load_image, p.sources), *row]
+                for p, row in zip(shown, rows, strict=True)
+            ]
+        else:
+            rows = [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
+        images.contact_sheet(rows).save(self.run.samples / f"{name}.png")
+        texts = [p.text for p in shown]
         self.run.write_json("samples/prompts.json", {"prompts": texts, "per_prompt": per})
         self.cluster.release(result.shown)
         self.latest = result
@@ -121,7 +127,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
     began, config = time.monotonic(), config.resolved()
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     batch_of(prompts, config.prompts_per_iteration, 1, config.seed, config.prompts.shares())
-    config.check_model()
+    config.check_model([*prompts, *held_out])
     if resume is None:
         Run.vacant(config.runs, config.name)
     cluster = make_cluster(config.recipe())

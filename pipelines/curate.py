@@ -227,7 +227,7 @@ def _read(config: Config, home: Run | None, index: int, part: Sequence[Prompt]) 
 def _key(config: Config, part: Sequence[Prompt]) -> str:
     """What the scores of a part depend on."""
     settings = (config.policy, config.rollout, config.judges, config.seed, config.group_size)
-    said = [[p.text, p.category, p.negative, p.sources, p.target] for p in part]
+    said = [[p.text, p.category, p.negative, p.sources, p.size, p.target] for p in part]
     text = json.dumps([to_dict(settings), said], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -162,22 +162,21 @@ def contact_sheet(rows, columns: int = 8, gap: int = 2) -> Image.Image:
 
     Args:
         rows: uint8 (3, H, W) pictures laid out `columns` to a row, or a list of such lists, one per
-        row. columns: pictures per row for a flat list. gap: pixels between pictures.
+        row. columns: pictures per row for a flat list. gap: pixels between pictures. Pictures of
+        several sizes stand in cells of the largest height and width.
 
     Raises:
-        ImageError: no picture, or pictures of unequal size.
+        ImageError: no picture, or none of a picture's shape.
     """
     rows = list(rows)
     if rows and not isinstance(rows[0], Sequence):
         rows = [rows[i : i + columns] for i in range(0, len(rows), columns)]
     pictures = [picture for row in rows for picture in row]
-    sizes = {tuple(picture.shape) for picture in pictures}
-    if len(sizes) != 1:
-        raise ImageError(
-            f"expected pictures of one size, got {sorted(sizes) or 'none'}: resize them first"
-        )
-    _check(pictures[0], 3)
-    _, height, width = sizes.pop()
+    if not pictures:
+        raise ImageError("expected at least one picture, got none")
+    for picture in pictures:
+        _check(picture, 3)
+    height, width = (max(p.shape[axis] for p in pictures) for axis in (1, 2))
     across = max(len(row) for row in rows)
     size = (across * (width + gap) + gap, len(rows) * (height + gap) + gap)
     sheet = Image.new("RGB", size, (255, 255, 255))
@@ -213,6 +212,15 @@ def files_below(folder: str | os.PathLike[str], least: int = 0) -> list[Path]:
             f" of {', '.join(SUFFIXES)} files"
         )
     return found
+
+
+def size_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of a picture file, its pixels not read. Raises ImageError for no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, UnidentifiedImageError) as error:
+        raise ImageError(f"expected a picture file at {path}, got {error}") from error
 
 
 def load_image(path: str | os.PathLike[str]) -> Picture:

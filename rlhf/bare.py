@@ -27,6 +27,8 @@ from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.sampling import Sampler
 from rlhf.types import Prompt
 
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -129,34 +131,38 @@ class Bare:
     def train(self, prompts: Sequence[Prompt]) -> float:
         """The forwards and backwards of all updates on one group of each prompt."""
         conditions = [self._conditions(prompt, self.work.train_branches) for prompt in prompts]
-        x, sigma = self._inputs(self.work.train_rows)
+        inputs = [self._inputs(self.work.train_rows, self._size(prompt)) for prompt in prompts]
         parameters = list(self.policy.slots.parameters.values())
         began = time.perf_counter()
         for update in range(self.work.updates):
             still = self.work.still + (self.work.replayed if update == 0 else 0)
-            for branches in conditions:
+            for given, branches in zip(inputs, conditions, strict=True):
                 with torch.no_grad():
                     for _ in range(still):
                         for condition in branches:
-                            self._velocity(x, sigma, condition)
-                fields = [self._velocity(x, sigma, condition) for condition in branches]
+                            self._velocity(*given, condition)
+                fields = [self._velocity(*given, condition) for condition in branches]
                 torch.stack(fields).square().mean().backward()
             for parameter in parameters:
                 parameter.grad = None
         self._finish()
         return time.perf_counter() - began
 
-    def _inputs(self, rows: int) -> tuple[Tensor, Tensor]:
-        shape = self.policy.latent_shape(self.sampler.size)
-        return torch.randn((rows, *shape), generator=noise.generator(31)), torch.full((rows,), 0.7)
+    def _size(self, prompt: Prompt) -> Size:
+        return prompt.size or self.sampler.size
+
+    def _inputs(self, rows: int, size: Size) -> tuple[Tensor, Tensor, Size]:
+        shape = self.policy.latent_shape(size)
+        x = torch.randn((rows, *shape), generator=noise.generator(31))
+        return x, torch.full((rows,), 0.7), size
 
     def _conditions(self, prompt: Prompt, branches: int) -> list[Condition]:
         sources = [images.load_image(p) for p in prompt.sources]
         texts = (prompt.text, prompt.negative)[:branches]
         return [self.policy.encode(text, sources) for text in texts]
 
-    def _velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        size, prefix = self.sampler.size, self._prefix(condition)
+    def _velocity(self, x: Tensor, sigma: Tensor, size: Size, condition: Condition) -> Tensor:
+        prefix = self._prefix(condition)
         return self.policy.velocity(x, sigma, condition, size=size, prefix=prefix)
 
     def _prefix(self, condition: Condition) -> Prefix | None:
@@ -170,10 +176,10 @@ class Bare:
             fixed = [self._prefix(condition) for condition in conditions]
         rows: list[list[dict[str, Any]]] = []  # calls of one step, of one row and of a whole group
         for count in (1, work.group_size):
-            x, sigma = self._inputs(count)
+            x, sigma, size = self._inputs(count, self._size(prompt))
             with captured(transformer) as calls:
                 for condition, prefix in zip(conditions, fixed, strict=True):
-                    self.policy.velocity(x, sigma, condition, size=self.sampler.size, prefix=prefix)
+                    self.policy.velocity(x, sigma, condition, size=size, prefix=prefix)
             rows.append(calls)
         began = time.perf_counter()
         for kwargs in prefixes:

@@ -88,6 +88,8 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
         "category": prompt.category,
         "negative_prompt": prompt.negative or None,
         "source_images": list(prompt.sources) or None,
+        "height": None if prompt.size is None else prompt.size[0],
+        "width": None if prompt.size is None else prompt.size[1],
         "target": prompt.target,
     }
     row = {name: value for name, value in row.items() if value is not None}

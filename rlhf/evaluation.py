@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from rewards.types import Scores
+from rewards.types import Score, Scores
 from rlhf.cluster.base import Cluster
 from rlhf.errors import ConfigError, TooManyFailures
 from rlhf.rollout import Request, seeds_of
@@ -18,6 +19,8 @@ from rlhf.stats import Estimate, bootstrap_gain, bootstrap_mean
 from rlhf.types import GroupRef, Prompt, Version
 
 EVALUATION = 2**31  # the "iteration" that keys evaluation seeds
+ORACLE = "oracle/fidelity"
+EDITS, EDIT_AXES = "edits", ("oracle/instruction", "oracle/consistency")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,38 +104,51 @@ def evaluate(
 
 
 def _figures(scores: Scores, prompts: Sequence[Prompt], suffix: str) -> dict[str, Measured]:
-    """Per category: soft and strict of the oracle where it judged, the value of any other judge by
-    its name.
+    """Per category: the value of every judge by its name, but that the oracle's verdict on whole
+    pictures is called soft and strict. An edit is right where the instruction was followed and the
+    rest left alone: the lower of two readings, of samples that have both.
     """
-    categories = sorted({p.category for p in prompts})
     out: dict[str, Measured] = {}
-    for card in scores.judges:
-        for category in categories:
-            rows = [
-                (i, score)
-                for i, (prompt, group) in enumerate(
-                    zip(prompts, scores.table[card.name], strict=True)
-                )
-                if prompt.category == category
-                for score in group
-                if score.state == "ok"
-            ]
-            if not rows:
-                continue
-            where = np.array([i for i, _ in rows])
-            oracle = card.name == "oracle/fidelity"
-            name = f"heldout/{category}/" + ("soft" if oracle else card.name)
-            out[name + suffix] = Measured(
-                values=np.array([s.value for _, s in rows]), clusters=where
-            )
-            if oracle:
-                strict = np.array([s.parts["strict"] for _, s in rows])
-                out[f"heldout/{category}/strict{suffix}"] = Measured(values=strict, clusters=where)
+    categories = sorted({p.category for p in prompts})
+    for category in categories:
+        deciding = EDIT_AXES if category == EDITS else (ORACLE,)
+        for card in scores.judges:
+            if card.name != ORACLE or category == EDITS:
+                found = _rows(scores, prompts, category, (card.name,))
+                out |= _measured(f"heldout/{category}/{card.name}{suffix}", found, "value")
+        found = _rows(scores, prompts, category, deciding)
+        out |= _measured(f"heldout/{category}/soft{suffix}", found, "value")
+        out |= _measured(f"heldout/{category}/strict{suffix}", found, "strict")
     if not out:
         raise TooManyFailures(
             "evaluation: no judge scored a single picture: look at the judges' reasons"
         )
     return out
+
+
+Rows = Sequence[tuple[int, Sequence[Score]]]  # prompt, and what each of some judges said
+
+
+def _rows(scores: Scores, prompts: Sequence[Prompt], category: str, judges: Sequence[str]) -> Rows:
+    """The samples of a category that all of `judges` scored; none if one of them is not there."""
+    if not set(judges) <= set(scores.table):
+        return []
+    tables = [scores.table[name] for name in judges]
+    return [
+        (i, said)
+        for i, prompt in enumerate(prompts)
+        if prompt.category == category
+        for said in zip(*(table[i] for table in tables), strict=True)
+        if all(score.state == "ok" for score in said)
+    ]
+
+
+def _measured(name: str, rows: Rows, what: Literal["value", "strict"]) -> dict[str, Measured]:
+    if not rows:
+        return {}
+    pick = (lambda s: s.value) if what == "value" else (lambda s: s.parts["strict"])
+    values = [min(pick(score) for score in said) for _, said in rows]
+    return {name: Measured(values=np.array(values), clusters=np.array([i for i, _ in rows]))}
 
 
 def gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float | int]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from rewards import images
 from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
 from rlhf.alignment import AlignmentConfig
@@ -213,20 +214,24 @@ class Config:
         protocol.check()
         protocol.sampler.check()
 
-    def check_model(self) -> None:
-        """Raise ConfigError for a base that is not there, pictures and grids it cannot give, or a
-        loss that is not defined for it.
+    def check_model(self, prompts: Sequence[Prompt] = ()) -> None:
+        """Raise ConfigError for a base that is not there, pictures and grids it cannot give (the
+        sizes of `prompts` and of what they edit included), or a loss that is not defined for it.
         """
         base = describe(self.policy.model)
         check_choice(self._choice(own_grid=base.own_grid))
-        try:
-            base.family.tokens(self.rollout.size, base.parts)
-        except ConfigError as error:
-            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
+        sizes = {self.rollout.size: "rollout.height and rollout.width"}
+        sizes |= {p.size: f"size of {p.id}" for p in prompts[::-1] if p.size}
+        for size, where in (sizes | _source_sizes(prompts)).items():
+            try:
+                base.family.tokens(size, base.parts)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
         for sampler in (self.rollout, self.protocol().sampler):
-            sigmas = base.family.grid(sampler.steps, sampler.size, base.parts)
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
-            build(sigmas, sampler.kernel, level, sampler.window, sampler.trained)
+            for size in sizes:
+                sigmas = base.family.grid(sampler.steps, size, base.parts)
+                build(sigmas, sampler.kernel, level, sampler.window, sampler.trained)
 
     def resolved(self) -> Config:
         """With the weights of the file in their place. Raises ConfigError."""
@@ -364,6 +369,12 @@ class Plan:
             noisy=tuple(c.noisy(iteration, g) for g in groups),
             first=first,
         )
+
+
+def _source_sizes(prompts: Sequence[Prompt]) -> dict[tuple[int, int], str]:
+    """Size of the pictures that prompts edit -> where the first of that size is."""
+    first = {path: p.id for p in prompts[::-1] for path in p.sources}
+    return {images.size_of(path): f"source picture of {id}" for path, id in first.items()}
 
 
 def read_weights(config: T) -> T:

@@ -3,11 +3,12 @@
 A set is a JSONL file, any path or hub name `datasets` opens, or
 `scenes/<category>[/<level>]@<split>`, prompts of the embedded world with their specs as targets.
 Columns: `prompt` (required), `category` ("general" if absent), `negative_prompt`, `source_images`
-(list of paths), `target`; every other column reaches the judges by name.
+(list of paths), `height` and `width`, `target`; every other column reaches the judges by name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from rewards import images
 from rewards.scenes import world
-from rewards.scenes.specs import Edit, dump
+from rewards.scenes.render import LARGEST, SMALLEST, render
+from rewards.scenes.specs import Edit, Spec, dump
 from rlhf.errors import ConfigError, PromptError
 from rlhf.types import Prompt
 
-KNOWN = ("prompt", "category", "negative_prompt", "source_images", "target")
+KNOWN = ("prompt", "category", "negative_prompt", "source_images", "height", "width", "target")
 CATEGORIES = ("objects", "portraits", "text", "edits")
+Sizes = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One source of a mixed set: its share of every iteration's prompts, and how many are taken."""
+    """One source of a mixed set: its share of every iteration's prompts, how many are taken, and
+    `sizes` (height, width) of pictures, which prompts without a size of their own have in turn.
+    """
 
     share: int = 1
     count: int = 0  # 0 = all; a scenes set needs a number
+    sizes: Sizes = ()
 
     def check(self) -> None:
         if self.share < 1 or self.count < 0:
@@ -44,13 +51,16 @@ class Part:
 class PromptSet:
     """Where prompts come from and how many are taken (0 = all; a scenes set needs a number).
 
-    `sources` mixes several in the place of `source` and `count`:
+    `sizes`: see `Part`. `pictures`: folder in which what scenes edits start from is drawn; workers
+    on other machines must see it. `sources` mixes several in the place of `source` and `count`:
     `{scenes/objects/2@train: {share: 4, count: 1024}, scenes/text/1@train: {count: 256}}`.
     """
 
     source: str = "scenes/objects/2@train"
     count: int = 512
     split: str = "train"  # of a `datasets` path
+    sizes: Sizes = ()
+    pictures: str = "runs/pictures"
     sources: dict[str, Part] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -80,8 +90,15 @@ def load_prompts(config: PromptSet) -> list[Prompt]:
     """
     if config.sources:
         return _mixed(config)
-    if config.source.startswith("scenes/"):
-        return _scenes(config)
+    prompts = _scenes(config) if config.source.startswith("scenes/") else _rows(config)
+    sizes = config.sizes
+    return [
+        replace(p, size=sizes[i % len(sizes)]) if sizes and p.size is None else p
+        for i, p in enumerate(prompts)
+    ]
+
+
+def _rows(config: PromptSet) -> list[Prompt]:
     path = Path(config.source)
     rows = _jsonl(path) if path.suffix == ".jsonl" else _dataset(config)
     prompts = [_prompt(row, i, config.source) for i, row in enumerate(rows)]
@@ -93,7 +110,7 @@ def load_prompts(config: PromptSet) -> list[Prompt]:
 def _mixed(config: PromptSet) -> list[Prompt]:
     placed: list[tuple[float, int, Prompt]] = []
     for k, (source, part) in enumerate(config.sources.items()):
-        one = replace(config, source=source, count=part.count, sources={})
+        one = replace(config, source=source, count=part.count, sizes=part.sizes, sources={})
         prompts = load_prompts(one)
         placed += [((i + 0.5) / len(prompts), k, p) for i, p in enumerate(prompts)]
     return [prompt for _, _, prompt in sorted(placed, key=lambda entry: entry[:2])]
@@ -111,23 +128,22 @@ def _scenes(config: PromptSet) -> list[Prompt]:
             f"expected scenes/<{'|'.join(CATEGORIES)}>[/1|2|3]@<train|heldout|align-heldout>, got"
             f" '{config.source}'"
         )
-    if category == "edits":
-        raise PromptError(
-            "scenes/edits: edits need source pictures on disk; this version trains text-to-image"
-            " prompts"
-        )
     if config.count < 1:
         raise PromptError(
             f"{config.source}: expected count >= 1, got {config.count}: the world has no end"
         )
-    out: dict[str, Prompt] = {}
+    out: dict[object, Prompt] = {}
     for seed in range(20 * config.count + 500):
         spec = world.draw(category, seed, split=split, level=int(level or 1))  # type: ignore[arg-type]
-        assert not isinstance(spec, Edit)
         text = world.terse(spec)
-        if text not in out:
-            out[text] = Prompt(
-                id=f"{config.source}#{seed}", text=text, category=category, target=dump(spec)
+        key = (spec.source, text) if isinstance(spec, Edit) else text
+        if key not in out:
+            out[key] = Prompt(
+                id=f"{config.source}#{seed}",
+                text=text,
+                category=category,
+                sources=(_drawn(spec.source, config),) if isinstance(spec, Edit) else (),
+                target=dump(spec),
             )
         if len(out) == config.count:
             return list(out.values())
@@ -135,6 +151,20 @@ def _scenes(config: PromptSet) -> list[Prompt]:
         f"{config.source}: expected {config.count} different prompts, there are {len(out)}: lower"
         " count"
     )
+
+
+def _drawn(spec: Spec, config: PromptSet) -> str:
+    """The path of a picture of the spec, drawn if it is not there: as large as the shortest side of
+    `sizes`, where the world can.
+    """
+    side = min((edge for size in config.sizes for edge in size), default=SMALLEST)
+    side = min(max(side, SMALLEST), LARGEST)
+    name = hashlib.sha256(f"{dump(spec)} {side}".encode()).hexdigest()[:20]
+    path = Path(config.pictures).absolute() / f"{name}.png"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images.save_png(path, render(spec, side))
+    return str(path)
 
 
 def _jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -193,10 +223,22 @@ def _prompt(row: Mapping[str, Any], index: int, source: str) -> Prompt:
         text=text,
         category=row.get("category") or "general",
         negative=row.get("negative_prompt") or "",
-        sources=tuple(sources),
+        sources=tuple(str(Path(path).absolute()) for path in sources),
+        size=_size(row, where),
         target=row.get("target"),
         columns={k: v for k, v in row.items() if k not in KNOWN},
     )
+
+
+def _size(row: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    size = row.get("height"), row.get("width")
+    if size == (None, None):
+        return None
+    if not all(type(side) is int and side > 0 for side in size):
+        raise PromptError(
+            f"{where}: expected 'height' and 'width' in pixels, both or neither, got {size}"
+        )
+    return size  # type: ignore[return-value]
 
 
 def batch_of(

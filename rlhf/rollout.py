@@ -50,14 +50,16 @@ class Request:
         return sum(self._sampler(i).forwards(len(seeds)) for i, seeds in every)
 
     def sampler_of(self, ref: GroupRef) -> Sampler:
-        """How one of its groups is sampled."""
+        """How one of its groups is sampled: at its prompt's size, with its window."""
         return self._sampler(ref.group - self.first)
 
     def _sampler(self, index: int) -> Sampler:
+        height, width = self.prompts[index].size or self.sampler.size
+        sized = replace(self.sampler, height=height, width=width)
         if not self.noisy:
-            return self.sampler
+            return sized
         own = self.noisy[index]
-        return replace(self.sampler, window=own.window, trained=own.trained)
+        return replace(sized, window=own.window, trained=own.trained)
 
     def refs(self, version: Version) -> list[GroupRef]:
         """One handle per group, in order."""

@@ -27,6 +27,7 @@ class Prompt:
     category: str
     negative: str = ""
     sources: tuple[str, ...] = ()  # paths of source pictures, for edits
+    size: tuple[int, int] | None = None  # (height, width) of its pictures; None: as sampled
     target: str | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
 

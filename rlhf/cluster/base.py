@@ -93,8 +93,8 @@ class Cluster(Protocol):
         """Who judges."""
         ...
 
-    def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
-        """Pictures of groups, uint8 (P, G, 3, H, W)."""
+    def pixels(self, refs: Sequence[GroupRef]) -> list[np.ndarray]:
+        """Pictures of each group, uint8 (G, 3, H, W)."""
         ...
 
     def release(self, refs: Sequence[GroupRef]) -> None:

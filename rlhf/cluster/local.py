@@ -55,8 +55,8 @@ class LocalCluster:
         with threads(self.recipe.cluster.learner_threads):
             return self.learner.update([self._held[r.id] for r in refs], advantages)
 
-    def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
-        return np.stack([self._held[r.id].pixels.numpy() for r in refs])
+    def pixels(self, refs: Sequence[GroupRef]) -> list[np.ndarray]:
+        return [self._held[r.id].pixels.numpy() for r in refs]
 
     def release(self, refs: Sequence[GroupRef]) -> None:
         for ref in refs:

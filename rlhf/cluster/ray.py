@@ -140,10 +140,9 @@ class RayCluster:
             "update",
         )[0]
 
-    def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
-        return np.stack(
-            [r.pixels.numpy() for r in self._wait([self._rollouts[r.id] for r in refs], "pictures")]
-        )
+    def pixels(self, refs: Sequence[GroupRef]) -> list[np.ndarray]:
+        held = self._wait([self._rollouts[r.id] for r in refs], "pictures")
+        return [rollouts.pixels.numpy() for rollouts in held]
 
     def release(self, refs: Sequence[GroupRef]) -> None:
         for ref in refs:

@@ -54,10 +54,23 @@ def test_contact_sheet_lays_out_rows():
     assert flat.getpixel((1, 1)) == tuple(CHW[:, 0, 0])
     assert flat.getpixel((9, 13)) == (255, 255, 255)  # the sixth place is empty
     assert images.contact_sheet([[CHW, CHW, CHW], [CHW]], gap=0).size == (21, 10)
-    with pytest.raises(ImageError, match="one size"):
-        images.contact_sheet([CHW, CHW[:, :4]])
+    mixed = images.contact_sheet([CHW[:, :2], CHW[:, :, :3], CHW], columns=2, gap=0)
+    assert mixed.size == (2 * 7, 2 * 5)  # cells of the largest
+    assert mixed.getpixel((0, 1)) == tuple(CHW[:, 1, 0])
+    assert mixed.getpixel((0, 2)) == mixed.getpixel((10, 0)) == (255, 255, 255)
+    with pytest.raises(ImageError, match="uint8 RGB"):
+        images.contact_sheet([CHW, CHW.astype(float)])
     with pytest.raises(ImageError, match="none"):
         images.contact_sheet([])
+
+
+def test_the_size_of_a_file_is_height_by_width(tmp_path):
+    path = images.save_png(tmp_path / "a.png", CHW)
+    assert images.size_of(path) == CHW.shape[1:] == (5, 7)
+    (tmp_path / "b.png").write_text("no picture")
+    for name in ("b.png", "gone.png"):
+        with pytest.raises(ImageError, match=f"expected a picture file at .*{name}"):
+            images.size_of(tmp_path / name)
 
 
 def test_png_is_lossless_and_leaves_nothing_beside_it(tmp_path):

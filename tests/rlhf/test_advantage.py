@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from rewards.types import JudgeCard, Score, Scores
-from rlhf.advantage import group_advantages
+from rlhf.advantage import group_advantages, spreads
 from rlhf.errors import ConfigError
 
 ONE = {"*": {"a": 1.0}}
@@ -336,3 +336,35 @@ def test_means_and_dropped_groups_by_category():
     assert metrics["advantage/dropped/text/flat_high"] == 1
     _, watched = run(given, {"*": {"a": 1.0}}, kinds, watch=("b",))
     assert watched.metrics["watch/b/mean/objects"] == 1
+
+
+# --- how far apart --------------------------------------------------------------------------------
+
+
+def test_the_spread_of_composite_rewards_by_hand():
+    """0.75 a - 0.25 b of samples that have both; b says lower is better."""
+    given = scores(a=[[0.2, 0.6, "failed"], [0.5, 0.5, 0.5]], b=[[0.4, 0.4, 0.0], [0.5, 0.5, 0.5]])
+    cards = (given.judges[0], replace(given.judges[1], better="lower"))
+    weights = {"*": {"a": 3.0, "b": 1.0}}
+    one, flat = spreads(replace(given, judges=cards), weights, ["x", "x"])
+    assert (one.low, one.high) == (pytest.approx(0.05), pytest.approx(0.35))
+    assert one.range == pytest.approx(0.3) and one.lost == ""
+    assert one.height == pytest.approx(0.2 + 0.25)  # mean, from the worst there is
+    assert flat.range == 0.0 and flat.height == pytest.approx(0.5)
+
+
+def test_a_group_without_two_rewards_has_no_range_but_a_reason():
+    given = scores(a=[[0.2, "failed", "failed"]], b=[["na"] * 3])
+    assert [s.lost for s in spreads(given, ONE, ["x"])] == ["few"]
+    assert [s.lost for s in spreads(given, ONE, ["x"], ["a"])] == ["required"]
+    assert [s.lost for s in spreads(given, {"*": {"b": 1.0}}, ["x"])] == ["unjudged"]
+    with pytest.raises(ConfigError, match="expected judges among"):
+        spreads(given, {"*": {"c": 1.0}}, ["x"])
+
+
+def test_flat_groups_and_live_samples_are_counted_by_category():
+    _, report = run(scores(a=[[0.1, 0.2], [0.5, 0.5], [0.9, 0.9]]), categories=["x", "x", "y"])
+    metrics = report.metrics
+    assert metrics["advantage/flat"] == pytest.approx(2 / 3)
+    assert metrics["advantage/live"] == pytest.approx(1 / 3)
+    assert metrics["advantage/live/x"] == 0.5 and metrics["advantage/live/y"] == 0.0

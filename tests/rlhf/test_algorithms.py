@@ -307,6 +307,11 @@ def test_every_undefined_choice_has_its_reason():
         "KL of two transitions": Choice(loss=LOSSES["awm"], kl_form="gaussian"),
         "computed again": Choice(loss=LOSSES["nft"], replayed=True),
         "distilled to a few": Choice(loss=LOSSES["nft"], own_grid=True),
+        "one picture": Choice(loss=LOSSES["awm"], shared_noise=True),
+        "Euler steps take none": Choice(loss=LOSSES["nft"], moving=True),
+        "drawn afresh": Choice(loss=LOSSES["nft"], kernel="flow-sde", subset=True),
+        "not levels of the grid": Choice(loss=LOSSES["dppo"], kernel="cps", span=True),
+        "nothing is drawn": Choice(loss=LOSSES["grpo"], kernel="dance", emphasis=True),
     }.items():
         with pytest.raises(ConfigError, match=words) as caught:
             check_choice(choice)

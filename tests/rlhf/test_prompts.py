@@ -2,10 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from rewards import images
 from rewards.scenes import world
+from rewards.scenes.render import render
 from rewards.scenes.specs import parse
 from rlhf.errors import ConfigError, PromptError
 from rlhf.prompts import Part, PromptSet, batch_of, load_prompts
@@ -107,6 +111,30 @@ def test_a_held_out_combination_is_never_trained_on():
     assert len(sets["train"]) > 64
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_edits_come_with_what_they_start_from_drawn_once(split, tmp_path):
+    made = PromptSet(source=f"scenes/edits@{split}", count=12, pictures=str(tmp_path / "p"))
+    got = load_prompts(made)
+    assert len({p.id for p in got}) == 12
+    for prompt in got:
+        edit = parse(prompt.target)
+        assert prompt.category == "edits" == world.category_of(edit)
+        assert world.split_of(edit) == split and prompt.text == edit.instruction
+        (path,) = prompt.sources
+        assert np.array_equal(images.load_image(path), render(edit.source, 64))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "p").iterdir()}
+    assert load_prompts(made) == got
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "p").iterdir()}
+    large = load_prompts(replace(made, count=2, sizes=((96, 128), (128, 192))))
+    assert [images.size_of(p.sources[0]) for p in large] == [(96, 96)] * 2
+
+
+def test_one_instruction_about_two_pictures_is_two_edits(tmp_path):
+    made = PromptSet(source="scenes/edits@train", count=200, pictures=str(tmp_path))
+    got = load_prompts(made)
+    assert len({p.text for p in got}) < 200 == len({(p.text, p.sources) for p in got})
+
+
 @pytest.mark.parametrize(
     "source, count, words",
     [
@@ -115,7 +143,6 @@ def test_a_held_out_combination_is_never_trained_on():
         ("scenes/objects/12@train", 4, "expected scenes/<objects"),
         ("scenes/objects", 4, "expected scenes/<objects"),
         ("scenes/objects@test", 4, "expected scenes/<objects"),
-        ("scenes/edits@train", 4, "need source pictures"),
         ("scenes/objects@train", 0, "count >= 1"),
         ("scenes/objects/1@align-heldout", 100, "expected 100 different prompts, there are"),
     ],
@@ -123,6 +150,21 @@ def test_a_held_out_combination_is_never_trained_on():
 def test_scenes_sets_that_do_not_exist_are_refused(source, count, words):
     with pytest.raises(PromptError, match=words):
         load_prompts(PromptSet(source=source, count=count))
+
+
+def test_sizes_are_a_rows_own_or_those_of_its_set_in_turn(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "height": 32, "width": 64}, {"prompt": "c"}]
+    made = write(tmp_path, *rows)
+    assert [p.size for p in load_prompts(made)] == [None, (32, 64), None]
+    sized = load_prompts(replace(made, sizes=((64, 64), (64, 96))))
+    assert [p.size for p in sized] == [(64, 64), (32, 64), (64, 64)]
+    assert all("height" not in p.columns for p in sized)
+    mix = {made.source: Part(sizes=((96, 64),)), "scenes/text@train": Part(count=3)}
+    found = {p.text: p.size for p in load_prompts(PromptSet(sources=mix))}
+    assert found["a"] == (96, 64) and found["b"] == (32, 64) and None in found.values()
+    for bad in ({"height": 64}, {"height": 64, "width": 0}, {"height": "64", "width": 64}):
+        with pytest.raises(PromptError, match="'height' and 'width' in pixels, both or neither"):
+            load_prompts(write(tmp_path, {"prompt": "x", **bad}))
 
 
 # --- batches --------------------------------------------------------------------------------------
