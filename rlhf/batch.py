@@ -97,10 +97,8 @@ class Batch:
         )
 
 
-def draw(cluster: Cluster, terms: Terms, request: Request, version: Version) -> Batch:
-    """Sample and score a request. Raises TooManyFailures."""
-    refs = cluster.rollout(request, version)
-    scores = cluster.score(refs)
+def judged(terms: Terms, request: Request, refs: Sequence[GroupRef], scores: Scores) -> Batch:
+    """The batch of a request that was sampled and scored. Raises TooManyFailures."""
     check_failures(scores, terms.max_failed_share)
     return Batch.of(terms, refs, scores, range(len(refs)), request.forwards)
 
@@ -121,7 +119,8 @@ def refilled(cluster: Cluster, terms: Terms, batch: Batch, version: Version) -> 
         request, replaced = terms.further(iteration, turn, batch.sampled, flat)
         if not replaced:
             break
-        more = draw(cluster, terms, request, version)
+        refs = cluster.rollout(request, version)
+        more = judged(terms, request, refs, cluster.score(refs))
         first = len(batch.sampled)
         into = {place: first + i for i, place in enumerate(replaced)}
         cluster.release([batch.sampled[place] for place in replaced])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from rlhf.batch import Batch, Terms, check_failures, refilled
+from rlhf.batch import Terms, judged, refilled
 from rlhf.cluster.base import Cluster
 from rlhf.rollout import Request
 from rlhf.types import GroupRef, Version
@@ -66,8 +66,7 @@ def align(cluster: Cluster, plan: Plan, observer: Observer, done: int = 0) -> No
             refs = cluster.rollout(request, version)
         with clock("reward"):
             scores = cluster.score(refs)
-        check_failures(scores, plan.max_failed_share)
-        batch = Batch.of(plan, refs, scores, range(len(refs)), request.forwards)
+        batch = judged(plan, request, refs, scores)
         if plan.refill:
             with clock("refill"):
                 batch = refilled(cluster, plan, batch, version)

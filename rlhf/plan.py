@@ -220,6 +220,12 @@ class Config:
         """
         base = describe(self.policy.model)
         check_choice(self._choice(own_grid=base.own_grid))
+        edit = next((p for p in prompts if p.sources), None)
+        if edit is not None and not base.family.EDITS:
+            raise ConfigError(
+                f"{edit.id}: expected a prompt without source pictures for a"
+                f" {base.family.PIPELINE.__name__}, got an edit: use a Qwen-Image-2.1 base"
+            )
         sizes = {self.rollout.size: "rollout.height and rollout.width"}
         sizes |= {p.size: f"size of {p.id}" for p in prompts[::-1] if p.size}
         for size, where in (sizes | _source_sizes(prompts)).items():

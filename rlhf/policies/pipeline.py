@@ -32,6 +32,7 @@ class PipelinePolicy(ABC):
     PIPELINE: ClassVar[type[DiffusionPipeline]]
     LINEARS: ClassVar[tuple[str, ...]]  # what LoRA adapts unless told otherwise
     READS: ClassVar[tuple[str, ...]] = ("scheduler",)  # parts that `tokens` and `grid` look at
+    EDITS: ClassVar[bool] = True  # whether prompts may have source pictures
 
     def __init__(self, pipeline: Any, config: PolicyConfig | None = None) -> None:
         self.config = config or PolicyConfig(train="none")

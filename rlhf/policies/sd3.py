@@ -33,6 +33,7 @@ class StableDiffusion3Policy(PipelinePolicy):
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of the text
     )
     READS = ("scheduler", "vae", "transformer")
+    EDITS = False
 
     @classmethod
     def left_out(cls, config: PolicyConfig, index: Mapping[str, Any]) -> dict[str, None]:

@@ -134,6 +134,12 @@ def test_a_source_picture_that_the_model_cannot_read_is_refused_by_name(
     assert not (tmp_path / "runs").exists()
 
 
+def test_edits_are_refused_for_a_base_that_reads_no_pictures(tiny_sd3, tmp_path, capsys):
+    code, text = fails(capsys, mixed(tiny_sd3, tmp_path))
+    assert code == 2 and "expected a prompt without source pictures for a" in text
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_shipped_mixture_has_edits_with_their_judges(tmp_path):
     made = config.load(Config, "align/mixed", [f"prompts.pictures={tmp_path}"], "align")
     plan = Plan.of(made, load_prompts(made.prompts))

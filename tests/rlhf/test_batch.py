@@ -10,7 +10,7 @@ from pipelines.cli import main
 from rewards.types import JudgeCard, Score, Scores
 from rlhf import config
 from rlhf.advantage import group_advantages
-from rlhf.batch import Batch, joined, refilled
+from rlhf.batch import joined, judged, refilled
 from rlhf.cluster.local import LocalCluster
 from rlhf.loop import align
 from rlhf.plan import Config, Plan
@@ -64,7 +64,7 @@ def first_batch(cluster, plan, chosen):
         iteration=1, prompts=tuple(chosen), seeds=((1, 2, 3),) * len(chosen), sampler=sampler()
     )
     refs = cluster.rollout(request, VERSION)
-    return Batch.of(plan, refs, cluster.score(refs), range(len(refs)), request.forwards)
+    return judged(plan, request, refs, cluster.score(refs))
 
 
 def test_flat_groups_are_replaced_by_prompts_of_their_own_source_until_they_teach():
