@@ -83,7 +83,7 @@ class Batch:
         """
         categories = [ref.prompt.category for ref in sampled]
         known = terms.weights, categories, terms.required, terms.advantage_clip
-        every, judged = group_advantages(scores, *known, terms.scheme, terms.watch)
+        every, said = group_advantages(scores, *known, terms.scheme, terms.watch)
         pictures = sum(len(ref.seeds) for ref in sampled)
         metrics = {"samples": float(pictures), "nfe": float(forwards)}
         keep = list(trained)
@@ -92,7 +92,7 @@ class Batch:
             scores=scores,
             trained=tuple(keep),
             advantages=Advantages(value_PG=every.value_PG[keep], live_PG=every.live_PG[keep]),
-            metrics=metrics | dict(judged.metrics) | figures(scores),
+            metrics=metrics | dict(said.metrics) | figures(scores),
             forwards=forwards,
         )
 
