@@ -33,13 +33,13 @@ from rlhf.config import to_dict
 from rlhf.curation import WHYS, Verdict
 from rlhf.errors import ConfigError, Interrupted
 from rlhf.files import atomic_write_text
-from rlhf.plan import check_judges, read_weights
 from rlhf.policies.config import PolicyConfig
 from rlhf.prompts import PromptSet, load_prompts
 from rlhf.rollout import Request, seeds_of
 from rlhf.run import Run
 from rlhf.sampling import Sampler
 from rlhf.types import Prompt, Version
+from rlhf.weighing import check_judges, read_weights
 
 CURATION = 2**31 + 2  # the "iteration" that keys its seeds
 

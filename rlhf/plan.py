@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from rewards import images
 from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
 from rlhf.alignment import AlignmentConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
 from rlhf.coefficients import TABLE
-from rlhf.config import read_yaml
 from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
@@ -25,15 +22,13 @@ from rlhf.losses.table import WHOLE
 from rlhf.monitor import MonitorConfig
 from rlhf.policies.config import PolicyConfig
 from rlhf.policies.families import describe
-from rlhf.prompts import PromptSet, batch_of, further
+from rlhf.prompts import PromptSet, batch_of, further, source_sizes
 from rlhf.rollout import Noisy, Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.schedule import build
-from rlhf.typed import convert
 from rlhf.types import GroupRef, Prompt
+from rlhf.weighing import check_judges, read_weights
 from rlhf.windows import Windows, drawn
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +223,7 @@ class Config:
             )
         sizes = {self.rollout.size: "rollout.height and rollout.width"}
         sizes |= {p.size: f"size of {p.id}" for p in prompts[::-1] if p.size}
-        for size, where in (sizes | _source_sizes(prompts)).items():
+        for size, where in (sizes | source_sizes(prompts)).items():
             try:
                 base.family.tokens(size, base.parts)
             except ConfigError as error:
@@ -375,42 +370,3 @@ class Plan:
             noisy=tuple(c.noisy(iteration, g) for g in groups),
             first=first,
         )
-
-
-def _source_sizes(prompts: Sequence[Prompt]) -> dict[tuple[int, int], str]:
-    """Size of the pictures that prompts edit -> where the first of that size is."""
-    first = {path: p.id for p in prompts[::-1] for path in p.sources}
-    return {images.size_of(path): f"source picture of {id}" for path, id in first.items()}
-
-
-def read_weights(config: T) -> T:
-    """A configuration with the weights of its file in their place. Raises ConfigError."""
-    path = config.weights_from  # type: ignore[attr-defined]
-    if path is None:
-        return config
-    table = convert(
-        dict[str, dict[str, float]], read_yaml(Path(path)), "weights_from", type(config)
-    )
-    return replace(config, weights=table, weights_from=None)  # type: ignore[type-var]
-
-
-def check_judges(
-    required: Sequence[str],
-    weights: Mapping[str, Mapping[str, float]],
-    names: Sequence[str],
-    categories: set[str],
-) -> None:
-    """Raise ConfigError where weights, required judges and prompts do not fit the judges."""
-    named = {*required, *(name for row in weights.values() for name in row)}
-    if unknown := sorted(named - set(names)):
-        raise ConfigError(
-            f"weights and required: expected judges among {list(names)}, got {unknown}"
-        )
-    missing = sorted(categories - set(weights))
-    if missing and "*" not in weights:
-        raise ConfigError(f"weights: expected weights for {missing}, which prompts have: add '*'")
-    for category, row in weights.items():
-        if not sum(row.values()) > 0 or min(row.values()) < 0:
-            raise ConfigError(
-                f"weights.{category}: expected weights >= 0 with a positive sum, got {dict(row)}"
-            )

@@ -241,6 +241,12 @@ def _size(row: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     return size  # type: ignore[return-value]
 
 
+def source_sizes(prompts: Sequence[Prompt]) -> dict[tuple[int, int], str]:
+    """Size of the pictures that prompts edit -> where the first of that size is."""
+    first = {path: p.id for p in prompts[::-1] for path in p.sources}
+    return {images.size_of(path): f"source picture of {id}" for path, id in first.items()}
+
+
 def batch_of(
     prompts: Sequence[Prompt],
     size: int,
