@@ -127,7 +127,7 @@ def test_a_source_picture_that_the_model_cannot_read_is_refused_by_name(
 ):
     images.save_png(tmp_path / "odd.png", picture(0, 64, 64)[:, :, :50])
     line = {"prompt": "make it red", "source_images": [str(tmp_path / "odd.png")]}
-    argv = arguments(tiny_base, tmp_path)
+    argv = arguments(tiny_base, tmp_path, "prompts_per_iteration=1")
     (tmp_path / "odd.jsonl").write_text(json.dumps(line))
     code, text = fails(capsys, [*argv, f"prompts.source={tmp_path / 'odd.jsonl'}"])
     assert code == 2 and "source picture of" in text and "odd.jsonl#0" in text

@@ -171,9 +171,12 @@ def test_members_that_share_their_start_branch_at_the_window(policy):
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
     assert not torch.equal(second[0], second[1])
     own = sample(
-        policy, replace(made_by, shared_noise=False), TEXTS[0], seeds=(1, 9, 8),
+        policy,
+        replace(made_by, shared_noise=False, trained=()),
+        TEXTS[0],
+        seeds=(1, 9, 8),
         store=("trajectory",),
-    )  # fmt: skip
+    )
     assert (own.trajectory.x_KGNC[0, 0] - first[0]).abs().max() < 1e-5
     assert own.forwards == 2 * 6 * 3
 
