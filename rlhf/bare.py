@@ -174,8 +174,10 @@ class Bare:
         work, conditions = self.work, self._conditions(prompt, self.work.branches)
         with captured(transformer) as prefixes:
             fixed = [self._prefix(condition) for condition in conditions]
-        rows: list[list[dict[str, Any]]] = []  # calls of one step, of one row and of a whole group
-        for count in (1, work.group_size):
+        rows: list[
+            list[dict[str, Any]]
+        ] = []  # calls of a step that is shared and of one that is not
+        for count in (1, work.group_size) if work.shared else (work.group_size,):
             x, sigma, size = self._inputs(count, self._size(prompt))
             with captured(transformer) as calls:
                 for condition, prefix in zip(conditions, fixed, strict=True):
@@ -185,7 +187,7 @@ class Bare:
         for kwargs in prefixes:
             transformer(**kwargs)
         for step in range(work.steps):
-            for kwargs in rows[step >= work.shared]:
+            for kwargs in rows[0 if step < work.shared else -1]:
                 transformer(**kwargs)
         self._finish()
         return time.perf_counter() - began

@@ -151,7 +151,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "max |ratio - 1| before update 1": ("ratio/first_max_dev",),
     "live share of samples": ("advantage/live",),
 }
-SECONDS = ("rollout", "reward", "refill", "train", "sync")
+SECONDS = ("rollout", "reward", "train", "sync", "refill")
 
 
 def training(rows: Sequence[Row]) -> Figure | None:

@@ -21,6 +21,10 @@ LOSSES = {
     "nft guided": ("train_guidance=2.0",),
     "unguided": ("rollout.guidance=1.0",),
     "grpo": ("loss.name=grpo", "rollout.kernel=flow-sde", "rollout.window=[0,2]"),
+    "branching": (
+        "loss.name=grpo", "rollout.kernel=flow-sde", "rollout.window=[1,2]",
+        "rollout.shared_noise=true",
+    ),
     "replay": (
         "loss.name=grpo-recentred", "loss.old_logp=replay", "loss.updates_per_rollout=3",
         "rollout.kernel=flow-sde", "rollout.window=[0,2]",
@@ -97,7 +101,9 @@ def test_the_count_is_what_the_learner_runs_and_what_is_timed_bare(tiny_base, na
     assert rows_through(module, lambda: bare.train(prompts)) == seen["update"]
     with captured(module) as calls:  # preparation runs each prefix and each branch once
         bare.rollout(prompts)
-    assert len(calls) == work.rollout_calls + 2 * work.branches * (1 + 2 * work.cached_prefix)
+    assert len(calls) == work.rollout_calls + 2 * work.branches * (
+        1 + bool(work.shared) + 2 * work.cached_prefix
+    )
 
 
 def test_the_figures_of_a_step(tiny_base, tmp_path):

@@ -35,7 +35,9 @@ def row(step: int, draw: np.random.Generator) -> dict:
         for setting in ("", "/w1")
         if step % 12 == 1
     }
-    seconds = {f"seconds/{p}": s for p, s in zip(plots.SECONDS, (3, 0.6, 2.5, 0.2), strict=True)}
+    seconds = {
+        f"seconds/{p}": s for p, s in zip(plots.SECONDS, (3, 0.6, 2.5, 0.2, 0.1), strict=True)
+    }
     return {
         "step": step,
         "samples": 96,
