@@ -174,9 +174,7 @@ class Bare:
         work, conditions = self.work, self._conditions(prompt, self.work.branches)
         with captured(transformer) as prefixes:
             fixed = [self._prefix(condition) for condition in conditions]
-        rows: list[
-            list[dict[str, Any]]
-        ] = []  # calls of a step that is shared and of one that is not
+        rows: list[list[dict[str, Any]]] = []  # calls of a shared step and of any other
         for count in (1, work.group_size) if work.shared else (work.group_size,):
             x, sigma, size = self._inputs(count, self._size(prompt))
             with captured(transformer) as calls:
