@@ -54,15 +54,7 @@ class Recorder:
         pictures = self.cluster.pixels(result.shown)
         shown = [ref.prompt for ref in result.shown]
         per = self.config.evaluation.per_prompt
-        rows = [list(group) for group in pictures]
-        if any(p.sources for p in shown):  # what was edited, before the edits of it
-            rows = [
-                [*map(images.load_image, p.sources), *row]
-                for p, row in zip(shown, rows, strict=True)
-            ]
-        else:
-            rows = [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
-        images.contact_sheet(rows).save(self.run.samples / f"{name}.png")
+        images.contact_sheet(sheet(shown, pictures)).save(self.run.samples / f"{name}.png")
         texts = [p.text for p in shown]
         self.run.write_json("samples/prompts.json", {"prompts": texts, "per_prompt": per})
         self.cluster.release(result.shown)
@@ -107,6 +99,22 @@ class Recorder:
 
     def stop(self, *_: object) -> None:
         self.stopping = True
+
+
+def sheet(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Rows of pictures to look at: two prompts each, or where some are edits one each, behind what
+    it edits.
+    """
+    rows = [list(group) for group in pictures]
+    before = [[images.load_image(path) for path in p.sources] for p in prompts]
+    most = max(map(len, before))
+    if not most:
+        return [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
+    blank = [np.full_like(row[0], 255) for row in rows]
+    return [
+        [*sources, *[white] * (most - len(sources)), *row]
+        for sources, white, row in zip(before, blank, rows, strict=True)
+    ]
 
 
 def progress_line(iteration: int, total: int, row: Mapping[str, float]) -> str:

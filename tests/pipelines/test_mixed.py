@@ -71,6 +71,8 @@ def test_a_mixed_run_trains_and_has_a_curve_for_each_category(tiny_base, tmp_pat
     assert sheet.shape == (3, 4 * (96 + 2) + 2, 4 * (96 + 2) + 2)  # two sources and two pictures
     cell = sheet[:, 2 * 98 + 2 :, 2:][:, :64, :64]
     assert np.array_equal(cell, picture(0, 64, 64))
+    assert (sheet[:, 98 * 2 + 2 : 98 * 3, 100:196] == 255).all()  # no second source
+    assert (sheet[:, : 98 * 2, :196] == 255).all()  # nor any of the first two prompts
 
 
 def test_a_mixed_run_that_is_stopped_ends_as_one_that_is_not(tiny_base, tmp_path):
