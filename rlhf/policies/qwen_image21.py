@@ -24,6 +24,7 @@ from torch import Tensor
 from rewards import images
 from rlhf.assets import resolve
 from rlhf.errors import ConfigError
+from rlhf.policies import on_cpu
 from rlhf.policies.base import Condition, Prefix
 from rlhf.policies.slots import Slots
 from rlhf.schedule import model_time, qwen_image21_sigmas
@@ -114,6 +115,22 @@ def _repeat(t: Tensor, copies: int) -> Tensor:
     return t.expand(copies, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(copies, dim=0)
 
 
+def _elsewhere(condition: Condition) -> Condition:
+    """A condition of no tokens after which a target has the same positions.
+
+    With a cache the transformer still takes in the condition's tokens and then drops them. Text
+    advances the position by one a token, a picture by its longer side whatever its area: one of
+    no width stands for all of them.
+    """
+    text = len(condition.image_slots_L) - int(condition.image_slots_L.sum())
+    extent = text + sum(max(height, width) for _, height, width in condition.source_shapes)
+    return Condition(
+        embeds_PLD=condition.embeds_PLD[:, :0],
+        image_slots_L=condition.image_slots_L[:0],
+        source_shapes=((1, extent, 0),),
+    )
+
+
 class QwenImage21Policy:
     """The policy of a `QwenImage21Pipeline`. Everything but the chosen weights is frozen."""
 
@@ -128,6 +145,8 @@ class QwenImage21Policy:
         for part in (pipeline.vae, pipeline.text_encoder, self.transformer):
             part.requires_grad_(False).eval()
         self._choose_trainable()
+        if self.device.type == "cpu":
+            on_cpu.suit(self.transformer)
         if self.config.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.slots = Slots(self.transformer)
@@ -207,7 +226,7 @@ class QwenImage21Policy:
         """Keys and values of the condition tokens; the smallest target rides along unused."""
         prompts = len(condition.embeds_PLD)
         target = condition.embeds_PLD.new_zeros(prompts, 4, self.transformer.config.in_channels)
-        cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        cache = on_cpu.KeysOnly(len(self.transformer.transformer_blocks))
         self._call(slot, target, target.new_zeros(prompts), condition, (1, 2, 2), cache, "extract")
         return KVPrefix(cache, prompts)
 
@@ -225,10 +244,12 @@ class QwenImage21Policy:
         float32).
         """
         shape = (1, size[0] // LATENT_PX, size[1] // LATENT_PX)
-        cache = prefix.expanded(len(x_BNC)) if isinstance(prefix, KVPrefix) else None
-        mode = "cached" if cache is not None else None
         time = model_time(sigma_B.to(self.device), self.dtype)
-        out = self._call(slot, x_BNC, time, condition, shape, cache, mode)
+        if isinstance(prefix, KVPrefix):
+            cache, seen = prefix.expanded(len(x_BNC)), _elsewhere(condition)
+            out = self._call(slot, x_BNC, time, seen, shape, cache, "cached")
+        else:
+            out = self._call(slot, x_BNC, time, condition, shape, None, None)
         return out[:, -x_BNC.shape[1] :].float().to(x_BNC.device)
 
     def _call(self, slot, x_BNC, time_B, condition, shape, cache, mode) -> Tensor:
