@@ -34,7 +34,9 @@ from rlhf import noise
 from rlhf.files import atomic_write_text, json_text
 from rlhf.policies import on_cpu, qwen_image21
 from rlhf.policies.base import Condition
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy, tokens_of
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
+from rlhf.policies.qwen_image21 import QwenImage21Policy, tokens_of
 from rlhf.run import machine
 
 GROUP = 16

@@ -211,12 +211,13 @@ def judgements(
 ) -> Iterator[Judgement]:
     """What so many people say of a group: on each axis a rank, and a rating of each picture."""
     spec, rng = group.spec, np.random.default_rng([seed, 29, len(split), number])
-    edit, size = isinstance(spec, Edit), group.pictures[0].picture.shape[-1]
+    size = group.pictures[0].picture.shape[-1]
+    source = group.source or (spec.source if isinstance(spec, Edit) else None)
     common: dict[str, Any] = {
         "prompt": world.terse(spec),
         "category": world.category_of(spec),
         "group": f"{split}-{number:06d}",
-        "sources": (render(group.source or spec.source, size),) if edit else (),
+        "sources": (render(source, size),) if source else (),
     }
     pictures = tuple(c.picture for c in group.pictures)
     about: dict[str, Any] = {TOUCHED: None}

@@ -5,25 +5,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
-from rlhf.alignment import AlignmentConfig, LossConfig
+from rlhf.alignment import AlignmentConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
+from rlhf.coefficients import TABLE
 from rlhf.config import read_yaml
 from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
+from rlhf.losses import Choice, LossConfig, check_choice
 from rlhf.monitor import MonitorConfig
-from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import describe
 from rlhf.prompts import PromptSet, batch_of
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
-from rlhf.schedule import build, qwen_image21_sigmas
+from rlhf.schedule import build
 from rlhf.typed import convert
 from rlhf.types import Prompt
 
@@ -40,6 +43,7 @@ class EvaluationConfig:
     steps: int = 20
     guidance: float | None = None  # None: that of the rollouts
     settings: tuple[str, ...] = ("guided", "w1")
+    slot: Literal["train", "ema"] = "train"  # whose pictures, and what the run exports
     seed: int = 1000
 
 
@@ -57,7 +61,7 @@ class Config:
     """One alignment run. `weights`: category -> judge -> weight, "*" for every other category.
 
     `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
-    `scheme`.
+    `scheme`. `ema`: slot `ema` keeps this share of itself at every update; 0 = there is none.
     """
 
     name: str = "align"
@@ -73,6 +77,7 @@ class Config:
     reference_guidance: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    ema: float = 0.0
     judges: tuple[str, ...] = ("oracle/fidelity",)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     weights_from: str | None = None  # a YAML file of weights, in their place
@@ -118,26 +123,39 @@ class Config:
                 " take them out of one of the two"
             )
 
+    def _choice(self, own_grid: bool = False) -> Choice:
+        loss = self.loss
+        return Choice(
+            loss=loss.loss,
+            kernel=self.rollout.kernel,
+            kl_form=loss.kl_form if loss.penalties else None,
+            replayed=loss.old_logp == "replay",
+            own_grid=own_grid,
+        )
+
     def _check_loss(self) -> None:
-        loss, kernel = self.loss.loss, self.rollout.kernel
-        if kernel not in loss.kernels:
-            raise ConfigError(
-                f"loss.name {loss.name} is defined for kernel {' or '.join(loss.kernels)}, got"
-                f" rollout.kernel={kernel}:"
-                f" write rollout.kernel={loss.kernels[0]}"
-            )
-        start, stop = self.rollout.window
-        if "trajectory" in loss.requires and stop <= start:
+        check_choice(self._choice())
+        loss, (start, stop) = self.loss.loss, self.rollout.window
+        if loss.form is not None and stop <= start:
             raise ConfigError(
                 f"loss.name {loss.name} needs stored stochastic steps, got"
                 f" rollout.window={list(self.rollout.window)}:"
                 " write for example rollout.window=[0,4]"
             )
-        if loss.form is not None and stop > self.rollout.steps - 1:
+        tail = TABLE[self.rollout.kernel].tail
+        if loss.form is not None and stop > self.rollout.steps - tail:
+            last = "last" if tail == 1 else f"last {tail}"
             raise ConfigError(
-                f"rollout.window: expected to stop before the last of {self.rollout.steps} steps,"
+                f"rollout.window: expected to stop before the {last} of {self.rollout.steps} steps,"
                 f" got {stop}:"
                 " its noise is too small to train on"
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema: expected a decay from 0 (none) to below 1, got {self.ema}")
+        if self.ema == 0 and (self.loss.kl_ema > 0 or self.evaluation.slot == "ema"):
+            raise ConfigError(
+                "loss.kl_ema and evaluation.slot=ema: expected a running average of the weights,"
+                " got none: write ema=0.99"
             )
 
     def _check_numbers(self) -> None:
@@ -160,22 +178,22 @@ class Config:
                 f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
             )
         self.prompts.check_batch(self.prompts_per_iteration)
-        try:
-            tokens_of(self.rollout.size)
-        except ConfigError as error:
-            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         protocol = self.protocol()
         protocol.check()
         protocol.sampler.check()
 
     def check_model(self) -> None:
-        """Raise ConfigError for a base that is not there, or a grid its scheduler cannot give."""
-        scheduler = Path(locate_base(self.policy.model)) / "scheduler" / "scheduler_config.json"
-        if not scheduler.is_file():
-            return  # a hub id: seen when it is opened
-        grid = json.loads(scheduler.read_text(encoding="utf-8"))
+        """Raise ConfigError for a base that is not there, pictures and grids it cannot give, or a
+        loss that is not defined for it.
+        """
+        base = describe(self.policy.model)
+        check_choice(self._choice(own_grid=base.own_grid))
+        try:
+            base.family.tokens(self.rollout.size, base.parts)
+        except ConfigError as error:
+            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         for sampler in (self.rollout, self.protocol().sampler):
-            sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
+            sigmas = base.family.grid(sampler.steps, sampler.size, base.parts)
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
             build(sigmas, sampler.kernel, level, sampler.window)
 
@@ -199,6 +217,7 @@ class Config:
                 seed=self.seed,
                 train_guidance=self.train_guidance,
                 reference_guidance=self.reference_guidance,
+                ema=self.ema,
                 loss=self.loss,
                 learner=self.learner,
             ),
@@ -278,7 +297,7 @@ class Plan:
             prompts=chosen,
             seeds=seeds_of(c.seed, iteration, len(chosen), c.group_size),
             sampler=c.rollout,
-            store=c.loss.loss.form,
+            store=c.loss.loss.requires,
             train_guidance=c.train_guidance,
         )
 

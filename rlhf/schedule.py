@@ -54,7 +54,7 @@ class Schedule:
                 "indices count steps from the noise end, negative ones are not accepted"
             )
         noisy = self.noise_level > 0.0 and index in self.trained
-        row = TABLE[self.kernel if noisy else "ode"]
+        row = TABLE[self.kernel if noisy else "ode"].coefficients
         return row(self.sigmas[index], self.sigmas[index + 1], self.s_max, self.noise_level)
 
 
@@ -104,17 +104,21 @@ def _check_ode(schedule: Schedule) -> None:
 
 
 def _check_stochastic(schedule: Schedule) -> None:
+    row = TABLE[schedule.kernel]
     start, stop = schedule.window
-    if not schedule.noise_level > 0.0:  # also catches NaN
+    if not 0.0 < schedule.noise_level <= row.highest:  # also catches NaN
+        limit = "" if math.isinf(row.highest) else f" and at most {row.highest:g}"
         raise ConfigError(
-            f"expected noise_level > 0 with kernel {schedule.kernel!r}, got "
+            f"expected noise_level > 0{limit} with kernel {schedule.kernel!r}, got "
             f"{schedule.noise_level}: write 0.7, or kernel 'ode'"
         )
-    if not 0 <= start < stop <= schedule.n_steps - 1:
+    if not 0 <= start < stop <= schedule.n_steps - row.tail:
+        last = "last step is" if row.tail == 1 else f"last {row.tail} steps are"
         raise ConfigError(
-            f"expected a window 0 <= start < stop <= {schedule.n_steps - 1} of the "
-            f"{schedule.n_steps} steps, got {schedule.window}: the last step is never trained "
-            "(its noise is so small that rounding alone moves the log-prob past any clip range)"
+            f"expected a window 0 <= start < stop <= {schedule.n_steps - row.tail} of the "
+            f"{schedule.n_steps} steps, got {schedule.window}: the {last} never trained with "
+            f"kernel {schedule.kernel!r} (so little noise is left that rounding alone moves the "
+            "log-prob past any clip range)"
         )
     for index in schedule.trained:
         q = schedule.coefficients(index).q
@@ -185,13 +189,31 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> tuple[float, ...]:
     return _closed(_static_shift(np.linspace(1.0, smallest, steps), shift))
 
 
+def static_shift(scheduler_config: Mapping[str, object]) -> float:
+    """`shift` of a scheduler that moves every grid alike. Raises ConfigError for any other."""
+    _refuse_other_grids(scheduler_config)
+    for key in ("use_dynamic_shifting", "shift_terminal"):
+        if scheduler_config.get(key):
+            raise ConfigError(
+                f"expected a scheduler without {key}, got {scheduler_config[key]}: this grid is not"
+                " implemented for Stable Diffusion 3, turn it off in the checkpoint's"
+                " scheduler/scheduler_config.json"
+            )
+    return _number(scheduler_config, "shift", 1.0)
+
+
+def train_time(sigma: float | Tensor) -> Tensor:
+    """sigma * 1000 in float32, the time input of Stable Diffusion 3 in whatever dtype it runs."""
+    return torch.as_tensor(sigma, dtype=torch.float32) * 1000
+
+
 def model_time(sigma: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """The one way from sigma, a number or a tensor, to the model's time input in `dtype`.
+    """The time input of Qwen-Image-2.1 in `dtype`, of a number or a tensor.
 
     (sigma * 1000 in float32, cast to the model's dtype) / 1000. Casting sigma itself gives another
     number, up to 2e-3 apart in bfloat16.
     """
-    return (torch.as_tensor(sigma, dtype=torch.float32) * 1000).to(dtype) / 1000
+    return train_time(sigma).to(dtype) / 1000
 
 
 def _static_shift(u, shift: float):
