@@ -5,8 +5,9 @@
 
 The embedded base, one thread, a group of 16, tokens of the condition + of the target; 104 is an
 edit: 40 of text and 64 of a source. `whole` computes the condition in every row, `shared` once,
-with gradient in training. Each timing is taken in turn with the one that it is compared with;
-ratios are medians over the turns. Predicted, from the tokens that go through the blocks:
+in training with gradient and in one pass with the targets. Each timing is taken in turn with the
+one that it is compared with; ratios are medians over the turns. Predicted, from the tokens that go
+through the blocks:
 
     G (P + T) / (P + G T)      G rows, P tokens of the condition, T of the target
 
@@ -86,12 +87,12 @@ LAYOUTS = {
 
 
 class Call:
-    """The velocities of a group, and in training their gradients."""
+    """The velocities of a group, and in training their gradients. `how` the condition is computed:
+    in every row ("whole"), by a call before ("shared") or along with the targets ("one pass").
+    """
 
-    def __init__(
-        self, policy: QwenImage21Policy, layout: Layout, shared: bool, training: bool
-    ) -> None:
-        self.policy, self.shared, self.training = policy, shared, training
+    def __init__(self, policy: QwenImage21Policy, layout: Layout, how: str, training: bool) -> None:
+        self.policy, self.how, self.training = policy, how, training
         self.condition = layout.condition(policy.transformer.config.context_in_dim)
         self.size = layout.size
         draw = noise.generator(42)
@@ -100,7 +101,8 @@ class Call:
 
     def __call__(self) -> Tensor:
         with torch.set_grad_enabled(self.training):
-            prefix = self.policy.prefix(self.condition) if self.shared else None
+            once, whole = self.how == "one pass", self.how == "whole"
+            prefix = None if whole else self.policy.prefix(self.condition, once=once)
             v = self.policy.velocity(
                 self.x, self.sigma, self.condition, size=self.size, prefix=prefix
             )
@@ -142,8 +144,8 @@ def sharing(repeats: int) -> dict[str, Any]:
     for precision, config in CHOICES.items():
         policy = load_policy(config)
         for (name, layout), training in ((i, t) for i in LAYOUTS.items() for t in (False, True)):
-            arms = {"whole": Call(policy, layout, False, training)}
-            arms["shared"] = Call(policy, layout, True, training)
+            arms = {"whole": Call(policy, layout, "whole", training)}
+            arms["shared"] = Call(policy, layout, "one pass" if training else "shared", training)
             seconds = in_turn(arms, repeats)
             speed = ratio(seconds["whole"], seconds["shared"])
             entry = {
@@ -181,6 +183,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "modulation by rows": ("positions", "modulation"),
     "attention": ("positions", "modulation", "attention"),
     "linear by oneDNN": ("positions", "modulation", "attention", "linear"),
+    "one pass in training": ("positions", "modulation", "attention", "linear", "one pass"),
 }
 
 
@@ -191,10 +194,11 @@ class Built:
         kept = {name: part for name, part in on_cpu.PARTS.items() if name in parts}
         with mock.patch.object(on_cpu, "PARTS", kept):
             self.policy = load_policy(config)
-        self.positions = "positions" in parts
+        self.positions, self.one_pass = "positions" in parts, "one pass" in parts
 
     def call(self, layout: Layout, training: bool) -> Callable[[], Any]:
-        call = Call(self.policy, layout, True, training)
+        how = "one pass" if self.one_pass and training else "shared"
+        call = Call(self.policy, layout, how, training)
 
         def run() -> Tensor:
             with ExitStack() as stack:
@@ -278,8 +282,8 @@ def compile(repeats: int) -> dict[str, Any]:
     blocks = list(policy.transformer.transformer_blocks)
     plain = [block.forward for block in blocks]
     compiled = [torch.compile(block.forward, dynamic=True) for block in blocks]
-    train = Call(policy, LAYOUTS["40+16"], True, True)
-    still = Call(policy, LAYOUTS["40+16"], True, False)
+    train = Call(policy, LAYOUTS["40+16"], "shared", True)
+    still = Call(policy, LAYOUTS["40+16"], "shared", False)
 
     def rollout() -> None:
         with torch.no_grad():

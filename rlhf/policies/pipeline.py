@@ -145,7 +145,7 @@ class PipelinePolicy(ABC):
     # ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
+    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
         """See `Policy.prefix`."""
 
     @abstractmethod

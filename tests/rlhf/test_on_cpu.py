@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf.bare import captured
 from rlhf.policies import on_cpu
+from rlhf.policies.base import stack
 from tests.rlhf.tiny import TEXTS, make_policy, picture, shake
 
 SIZE = (64, 64)
@@ -43,12 +45,12 @@ def policies(tiny_base, request):
     return pair(tiny_base, request.param)
 
 
-def field(policy, guidance, sources, shared):
+def field(policy, guidance, sources, how):
     """v_u + w (v_c - v_u) of six rows, and the gradients of all trained weights."""
     x, fields = draws(6, 16, 64), []
     for text in (TEXTS[0], "")[: 2 if guidance > 1 else 1]:
         condition = policy.encode(text, sources)
-        prefix = policy.prefix(condition) if shared else None
+        prefix = None if how == "whole" else policy.prefix(condition, once=how == "once")
         fields.append(policy.velocity(x, LEVELS, condition, size=SIZE, prefix=prefix))
     v = fields[0] if len(fields) == 1 else fields[1] + guidance * (fields[0] - fields[1])
     parameters = policy.slots.parameters
@@ -58,14 +60,12 @@ def field(policy, guidance, sources, shared):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("sources", [0, 1, 2], ids=["text", "edit", "two sources"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "whole"])
-def test_velocities_and_gradients_are_the_stock_whole_sequences(
-    policies, guidance, sources, shared
-):
+@pytest.mark.parametrize("how", ["once", "shared", "whole"])
+def test_velocities_and_gradients_are_the_stock_whole_sequences(policies, guidance, sources, how):
     stock, suited = policies
     pictures = [picture(1, 64, 96), picture(2, 96, 64)][:sources]
-    v, grads = field(stock, guidance, pictures, shared=False)
-    got, mine = field(suited, guidance, pictures, shared=shared)
+    v, grads = field(stock, guidance, pictures, "whole")
+    got, mine = field(suited, guidance, pictures, how)
     assert v.std() > 0.1
     assert (got - v).abs().max() <= 1e-5 * guidance
     largest = max(float(g.abs().max()) for g in grads.values() if g is not None)
@@ -73,6 +73,42 @@ def test_velocities_and_gradients_are_the_stock_whole_sequences(
         assert (grad is None) == (mine[name] is None)
         if grad is not None:
             assert (mine[name] - grad).abs().max() <= 2e-5 * largest, name
+
+
+def test_prompts_of_one_layout_go_in_one_pass_with_their_siblings(policies):
+    stock, suited = policies
+    both = stack([suited.encode(t) for t in ("a red circle", "a red square")])
+    x = draws(6, 16, 64)
+    with torch.no_grad():
+        want = stock.velocity(x, LEVELS, both, size=SIZE)
+        got = suited.velocity(x, LEVELS, both, size=SIZE, prefix=suited.prefix(both, once=True))
+    assert (got - want).abs().max() <= 1e-5
+    assert (want[:3] - want[3:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("slot", ["train", "reference"])
+def test_one_pass_is_of_the_slot_that_is_asked_for(policies, slot):
+    _, suited = policies
+    condition, seen = suited.encode(TEXTS[0]), []
+    with torch.no_grad():
+        for once in (True, False):
+            prefix = suited.prefix(condition, slot, once=once)
+            call = dict(size=SIZE, prefix=prefix, slot=slot)
+            seen.append(suited.velocity(draws(6, 16, 64), LEVELS, condition, **call))
+        other = suited.velocity(draws(6, 16, 64), LEVELS, condition, size=SIZE)
+    assert (seen[0] - seen[1]).abs().max() <= 1e-5
+    assert ((seen[0] - other).abs().max() > 1e-3) == (slot == "reference")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_call_alone_with_its_prefix_is_one_call(tiny_base, checkpointing):
+    """Checkpointing is of the stock blocks: there it stays two."""
+    policy = make_policy(tiny_base, checkpointing=checkpointing)
+    condition = policy.encode(TEXTS[0])
+    with captured(policy.transformer) as calls:
+        prefix = policy.prefix(condition, once=True)
+        policy.velocity(draws(6, 16, 64), LEVELS, condition, size=SIZE, prefix=prefix)
+    assert ["group" in call for call in calls] == ([False, False] if checkpointing else [True])
 
 
 def test_the_calls_with_a_cache_are_given_no_token_of_the_condition(policies):
@@ -110,8 +146,8 @@ def test_the_pipelines_own_first_step_fills_a_cache_and_keeps_its_velocities(pol
 
 def test_checkpointing_recomputes_the_same(tiny_base):
     plain, saving = (make_policy(tiny_base, "full", checkpointing=c) for c in (False, True))
-    v, grads = field(plain, 1.0, [], shared=True)
-    got, mine = field(saving, 1.0, [], shared=True)
+    v, grads = field(plain, 1.0, [], "shared")
+    got, mine = field(saving, 1.0, [], "shared")
     assert torch.equal(v, got)
     largest = max(float(g.abs().max()) for g in grads.values() if g is not None)
     for name, grad in grads.items():
