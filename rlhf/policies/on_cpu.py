@@ -160,7 +160,7 @@ def prefill_mask(segments: tuple[tuple[int, int, bool], ...], tokens: int) -> Te
 
 
 class ShortAttention(QwenImage21AttnProcessor):
-    """The stock processor for keys without padding; with padding, its own code."""
+    """The stock processor for keys without padding; anything else goes to its own code."""
 
     def __call__(
         self,
@@ -174,7 +174,7 @@ class ShortAttention(QwenImage21AttnProcessor):
         segments: list[tuple[int, int, bool]] | None = None,
         key_valid: Tensor | None = None,
     ) -> Tensor:
-        if attention_mask is not None or key_valid is not None:
+        if attention_mask is not None or key_valid is not None or rotary_emb is None:
             return super().__call__(
                 attn,
                 hidden_states,
