@@ -157,9 +157,8 @@ class AlignmentLearner:
         fields = []
         for condition in self._conditions(rollouts):
             if condition is not None:
-                prefix = (
-                    self.policy.prefix(condition, slot) if rollouts.geometry.cached_prefix else None
-                )
+                shared = rollouts.geometry.cached_prefix
+                prefix = self.policy.prefix(condition, slot, once=True) if shared else None
                 fields.append(
                     self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
                 )

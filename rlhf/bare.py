@@ -162,11 +162,11 @@ class Bare:
         return [self.policy.encode(text, sources) for text in texts]
 
     def _velocity(self, x: Tensor, sigma: Tensor, size: Size, condition: Condition) -> Tensor:
-        prefix = self._prefix(condition)
+        prefix = self._prefix(condition, once=True)
         return self.policy.velocity(x, sigma, condition, size=size, prefix=prefix)
 
-    def _prefix(self, condition: Condition) -> Prefix | None:
-        return self.policy.prefix(condition) if self.work.cached_prefix else None
+    def _prefix(self, condition: Condition, once: bool = False) -> Prefix | None:
+        return self.policy.prefix(condition, once=once) if self.work.cached_prefix else None
 
     @torch.no_grad()
     def _rollout(self, prompt: Prompt) -> float:

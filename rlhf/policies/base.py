@@ -67,8 +67,10 @@ class Policy(Protocol):
         """Condition of one prompt; cached, since the encoder is frozen."""
         ...
 
-    def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
-        """Computed under a slot's weights, with gradient where grad is enabled."""
+    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
+        """Computed under a slot's weights, with gradient where grad is enabled. `once`: for a
+        single call of `velocity`, which may do it on the way.
+        """
         ...
 
     def velocity(

@@ -46,6 +46,8 @@ class PipelinePolicy(ABC):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
         self._choose_trainable()
+        if self.device.type == "cpu":
+            self._suit_cpu()
         if self.config.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.slots = Slots(self.transformer)
@@ -113,6 +115,9 @@ class PipelinePolicy(ABC):
                     parameter.data.float()
                 )  # masters: a small step must not be rounded away
 
+    def _suit_cpu(self) -> None:  # noqa: B027
+        """Put operations in place that a CPU computes faster, where the family has some."""
+
     def _targets(self) -> list[str]:
         targets = self.config.lora.targets
         return list(self.LINEARS if targets is None else targets)
@@ -141,7 +146,7 @@ class PipelinePolicy(ABC):
     # ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
+    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
         """See `Policy.prefix`."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 Text and source tokens are modulated at t = 0 and attend causally, so their keys and values are the
 same for every step and every member of a group: `prefix` computes them once per prompt, `velocity`
-expands them over the rows.
+expands them over the rows. On a CPU a call that is alone with its prefix computes both in one pass.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from rewards import images
+from rlhf.policies import on_cpu, one_pass
 from rlhf.policies.base import Condition, Prefix
 from rlhf.policies.pipeline import Parts, PipelinePolicy, check_multiple, repeat
 from rlhf.schedule import model_time, qwen_image21_sigmas
@@ -51,6 +52,26 @@ class KVPrefix(Prefix):
         return out
 
 
+class Along(Prefix):
+    """Nothing yet: the call that it is given to computes the condition along with the targets."""
+
+
+def _elsewhere(condition: Condition) -> Condition:
+    """A condition of no tokens after which a target has the same positions.
+
+    With a cache the transformer still takes in the condition's tokens and then drops them. Text
+    advances the position by one a token, a picture by its longer side whatever its area: one of
+    no width stands for all of them.
+    """
+    text = len(condition.image_slots_L) - int(condition.image_slots_L.sum())
+    extent = text + sum(max(height, width) for _, height, width in condition.source_shapes)
+    return Condition(
+        embeds_PLD=condition.embeds_PLD[:, :0],
+        image_slots_L=condition.image_slots_L[:0],
+        source_shapes=((1, extent, 0),),
+    )
+
+
 class QwenImage21Policy(PipelinePolicy):
     """The policy of a `QwenImage21Pipeline`."""
 
@@ -64,6 +85,10 @@ class QwenImage21Policy(PipelinePolicy):
     @classmethod
     def grid(cls, steps: int, size: tuple[int, int], parts: Parts) -> tuple[float, ...]:
         return qwen_image21_sigmas(steps, tokens_of(size), parts["scheduler"])
+
+    def _suit_cpu(self) -> None:
+        on_cpu.suit(self.transformer)
+        one_pass.install(self.transformer)
 
     # --- conditions
     # ------------------------------------------------------------------------------------------
@@ -105,11 +130,13 @@ class QwenImage21Policy(PipelinePolicy):
     # --- the velocity field
     # ----------------------------------------------------------------------------------
 
-    def prefix(self, condition: Condition, slot: str = "train") -> KVPrefix:
+    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
         """Keys and values of the condition tokens; the smallest target rides along unused."""
+        if once and self.device.type == "cpu" and not self.config.checkpointing:
+            return Along()
         prompts = len(condition.embeds_PLD)
         target = condition.embeds_PLD.new_zeros(prompts, 4, self.transformer.config.in_channels)
-        cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        cache = on_cpu.KeysOnly(len(self.transformer.transformer_blocks))
         self._call(slot, target, target.new_zeros(prompts), condition, (1, 2, 2), cache, "extract")
         return KVPrefix(cache, prompts)
 
@@ -127,11 +154,27 @@ class QwenImage21Policy(PipelinePolicy):
         float32).
         """
         shape = (1, size[0] // LATENT_PX, size[1] // LATENT_PX)
-        cache = prefix.expanded(len(x_BNC)) if isinstance(prefix, KVPrefix) else None
-        mode = "cached" if cache is not None else None
         time = model_time(sigma_B.to(self.device), self.dtype)
-        out = self._call(slot, x_BNC, time, condition, shape, cache, mode)
+        if isinstance(prefix, Along):
+            out = self._in_one_pass(slot, x_BNC, time, condition, shape)
+        elif isinstance(prefix, KVPrefix):
+            cache, seen = prefix.expanded(len(x_BNC)), _elsewhere(condition)
+            out = self._call(slot, x_BNC, time, seen, shape, cache, "cached")
+        else:
+            out = self._call(slot, x_BNC, time, condition, shape, None, None)
         return out[:, -x_BNC.shape[1] :].float().to(x_BNC.device)
+
+    def _in_one_pass(self, slot, x_BNC, time_B, condition, shape) -> Tensor:
+        sources = condition.sources_PMC
+        group = one_pass.Group(
+            x_BNC=x_BNC.to(self.device, self.dtype),
+            time_B=time_B.expand(len(x_BNC)),
+            embeds_PLD=condition.embeds_PLD.to(self.dtype),
+            slots_L=condition.image_slots_L,
+            sources_PMC=None if sources is None else sources.to(self.dtype),
+            shapes=(*condition.source_shapes, shape),
+        )
+        return self.slots.call(slot, group=group)
 
     def _call(self, slot, x_BNC, time_B, condition, shape, cache, mode) -> Tensor:
         rows, copies = len(x_BNC), len(x_BNC) // len(condition.embeds_PLD)

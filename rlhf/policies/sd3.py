@@ -82,7 +82,7 @@ class StableDiffusion3Policy(PipelinePolicy):
             for e, p in zip(embeds, pooled, strict=True)
         ]
 
-    def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
+    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
         """Empty: there is nothing to compute beforehand."""
         return Prefix()
 

@@ -59,10 +59,15 @@ def rows_through(module, work):
     """Rows of all calls of `module` with a target of 16 tokens, and the number of prefixes."""
     with captured(module) as calls:
         work()
-    tokens = [c["hidden_states"].shape for c in calls]
-    prefix = [c["kv_cache_mode"] == "extract" for c in calls]
-    rows = sum(shape[0] for shape, p in zip(tokens, prefix, strict=True) if not p)
-    return rows, sum(prefix)
+    rows, prefixes = 0, 0
+    for call in calls:
+        if "group" in call:  # both in one pass
+            rows, prefixes = rows + len(call["group"].x_BNC), prefixes + 1
+        elif call["kv_cache_mode"] == "extract":
+            prefixes += 1
+        else:
+            rows += len(call["hidden_states"])
+    return rows, prefixes
 
 
 @pytest.mark.parametrize("name", LOSSES)
