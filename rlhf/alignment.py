@@ -8,7 +8,7 @@ group).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rewards import images
 from rlhf import checkpoint, noise, weights
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError, ReplayMismatch, StaleRollouts
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.losses import (
@@ -93,14 +94,19 @@ class AlignmentConfig:
     reference_guidance: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    staleness: int = 0  # updates that rollouts may be older than the weights they train
 
 
 class AlignmentLearner:
-    """Owns the policy's slots. `behaviour` is what rollouts use; it starts equal to `train`."""
+    """Owns the policy's slots. `behaviour` is what rollouts use; it starts equal to `train`.
 
-    def __init__(self, policy: Policy, config: AlignmentConfig) -> None:
-        self.policy, self.config = policy, config
-        self.learner = Learner(policy.slots.parameters, config.learner)
+    With staleness, `behaviour/<step>` are what it was after earlier updates. With several ranks
+    `update`, `save` and `load` are called on all of them, and figures are those of the whole batch.
+    """
+
+    def __init__(self, policy: Policy, config: AlignmentConfig, ranks: Ranks = ALONE) -> None:
+        self.policy, self.config, self.ranks = policy, config, ranks
+        self.learner = Learner(policy.slots.parameters, config.learner, ranks)
         self.iteration = 0
         self._replayed: dict[int, Tensor] = {}  # old log-probs by group, for old_logp=replay
         policy.slots.copy("train", "behaviour")
@@ -109,17 +115,24 @@ class AlignmentLearner:
 
     def publish(self, slot: str) -> weights.Handover:
         """A slot for the rollout workers, with its checksum and probe."""
-        return weights.prepare(self.policy, slot, self.iteration)
+        _, _, step = slot.partition("behaviour/")
+        if step and slot not in self.policy.slots.names:
+            raise ConfigError(
+                f"the weights that samples were made with after update {step} are not there: the"
+                " checkpoint was written at a smaller staleness: resume with that one"
+            )
+        return weights.prepare(self.policy, slot, int(step) if step else self.iteration)
 
-    def update(self, rollouts: Sequence[Rollouts], advantages: Advantages) -> StepReport:
+    def update(self, rollouts: Sequence[Rollouts | None], advantages: Advantages) -> StepReport:
         """`updates_per_rollout` optimiser steps on one batch of rollouts, then the behaviour slot
-        follows.
+        follows. A group that another rank computes may be None.
 
         Without a single live sample there is nothing to learn from: no step is taken, so that
         neither the optimiser's momentum nor weight decay moves a weight.
 
         Raises:
-            StaleRollouts: rollouts that were not sampled by the current behaviour slot.
+            StaleRollouts: rollouts that were sampled neither by the current behaviour slot nor by
+                one at most `staleness` updates older.
             ReplayMismatch: the first ratio is not 1.
         """
         self._check_versions(rollouts)
@@ -139,27 +152,49 @@ class AlignmentLearner:
                 return term.loss, {}
 
             outcome = self.learner.step(batch, objective)
-            last = summarise(terms) | {"grad_norm": outcome.grad_norm}
+            last = self._summary(terms) | {"grad_norm": outcome.grad_norm}
             first = first or last
         self._replayed.clear()
+        self._remember()
         self.iteration += 1
         self._follow()
         if "ratio/max_dev" in first:
             last["ratio/first_max_dev"] = first["ratio/max_dev"]
-        last |= self._diagnostics(rollouts[0])
+        if rollouts[0] is not None:
+            last |= self._diagnostics(rollouts[0])
         return StepReport(iteration=self.iteration, metrics=last)
 
-    def _check_versions(self, rollouts: Sequence[Rollouts]) -> None:
-        mine = Version(
-            slot="behaviour",
-            step=self.iteration,
-            checksum=weights.checksum(self.policy.slots.tensors("behaviour")),
-        )
-        for one in rollouts:
-            if one.ref.version != mine:
+    def _summary(self, terms: Sequence[LossTerms]) -> dict[str, float]:
+        """Metrics of an update, over the micro-batches of all ranks in their order."""
+        plain = [replace(term, loss=term.loss.detach()) for term in terms]
+        return summarise([term for part in self.ranks.gather(plain) for term in part])
+
+    def _check_versions(self, rollouts: Sequence[Rollouts | None]) -> None:
+        known: dict[int, str] = {}
+        for version in (one.ref.version for one in rollouts if one is not None):
+            slot, age = self._sampled_by(version), self.iteration - version.step
+            fits = version.slot.startswith("behaviour") and 0 <= age <= self.config.staleness
+            if fits and version.step not in known and slot in self.policy.slots.names:
+                known[version.step] = weights.checksum(self.policy.slots.tensors(slot))
+            if not fits or known.get(version.step) != version.checksum:
                 raise StaleRollouts(
-                    f"expected rollouts of {mine}, got {one.ref.version}: publish before rollout"
+                    f"expected rollouts of the behaviour slot after update {self.iteration}, or at"
+                    f" most {self.config.staleness} before, got {version}: publish before rollout"
                 )
+
+    def _sampled_by(self, version: Version) -> str:
+        """The slot that holds what rollouts were sampled with."""
+        current = version.step == self.iteration
+        return "behaviour" if current else f"behaviour/{version.step}"
+
+    def _remember(self) -> None:
+        """Keep what samples under way were made with: `behaviour` of the last `staleness` steps."""
+        slots, oldest = self.policy.slots, self.iteration + 1 - self.config.staleness
+        if self.config.staleness:
+            slots.copy("behaviour", f"behaviour/{self.iteration}")
+        for name in slots.names:
+            if name.startswith("behaviour/") and int(name.partition("/")[2]) < oldest:
+                slots.drop(name)
 
     def _follow(self) -> None:
         loss = self.config.loss
@@ -210,7 +245,7 @@ class AlignmentLearner:
         sigma = grid[torch.randint(low, max(high, low + 1), (len(x0),), generator=rows)]
         x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
         with torch.no_grad():
-            v_old = self._velocity(x, sigma, rollouts, "behaviour")
+            v_old = self._velocity(x, sigma, rollouts, self._sampled_by(rollouts.ref.version))
             v_ref = self._velocity(x, sigma, rollouts, "reference") if loss.kl > 0 else None
         v_theta = self._velocity(x, sigma, rollouts, "train")
         return nft(
@@ -241,7 +276,8 @@ class AlignmentLearner:
         if loss.old_logp == "replay":
             if update == 0:
                 with torch.no_grad():
-                    replayed = self._log_probs(rollouts, x, after, shift, "behaviour")
+                    old_slot = self._sampled_by(rollouts.ref.version)
+                    replayed = self._log_probs(rollouts, x, after, shift, old_slot)
                 self._replayed[rollouts.ref.group] = replayed
             old = self._replayed[rollouts.ref.group]
         terms = grpo(
@@ -253,7 +289,8 @@ class AlignmentLearner:
             loss.clip_high,
         )
         deviation = float(terms.maxima["ratio/max_dev"])
-        if update == 0 and not deviation <= loss.replay_tolerance:
+        fresh = rollouts.ref.version.step == self.iteration
+        if update == 0 and fresh and not deviation <= loss.replay_tolerance:
             raise ReplayMismatch(
                 f"before the first update the log-probs of group {rollouts.ref.group} differ by"
                 f" {deviation:.2e}"
@@ -315,8 +352,12 @@ class AlignmentLearner:
     def save(
         self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
     ) -> None:
-        """A checkpoint of every slot, the optimiser and the counters. Raises CheckpointError."""
+        """A checkpoint of every slot, the optimiser and the counters; the first rank writes it.
+        Raises CheckpointError.
+        """
         optimiser, counters = self.learner.state()
+        if not self.ranks.is_first:
+            return
         slots = self.policy.slots
         tensors = {f"slots/{s.replace('/', '.')}": slots.tensors(s) for s in slots.names}
         state = checkpoint.State(

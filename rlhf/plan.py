@@ -57,7 +57,8 @@ class Config:
     """One alignment run. `weights`: category -> judge -> weight, "*" for every other category.
 
     `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
-    `scheme`.
+    `scheme`. With `staleness` above 0 samples are made while earlier ones train, on weights that
+    are that many updates older.
     """
 
     name: str = "align"
@@ -66,6 +67,7 @@ class Config:
     iterations: int = 40
     prompts_per_iteration: int = 12
     group_size: int = 8
+    staleness: int = 0
     prompts: PromptSet = field(default_factory=PromptSet)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: Sampler = field(default_factory=lambda: Sampler(guidance=3.0))
@@ -106,6 +108,7 @@ class Config:
             )
         self._check_loss()
         self._check_numbers()
+        self._check_cluster()
         if not self.judges:
             raise ConfigError(
                 "judges: expected at least one, such as oracle/fidelity or my_rewards.py:brightness"
@@ -138,6 +141,27 @@ class Config:
                 f"rollout.window: expected to stop before the last of {self.rollout.steps} steps,"
                 f" got {stop}:"
                 " its noise is too small to train on"
+            )
+
+    def _check_cluster(self) -> None:
+        c = self.cluster
+        if self.staleness < 0:
+            raise ConfigError(f"staleness: expected 0 or more, got {self.staleness}")
+        if self.staleness and (c.kind, c.layout) != ("ray", "disaggregated"):
+            raise ConfigError(
+                f"staleness={self.staleness} samples while it trains, expected actors with cores of"
+                f" their own, got cluster.kind={c.kind} and cluster.layout={c.layout}: write"
+                " cluster.kind=ray cluster.layout=disaggregated, or staleness=0"
+            )
+        if c.learners > self.prompts_per_iteration:
+            raise ConfigError(
+                f"cluster.learners: expected at most one for each of {self.prompts_per_iteration}"
+                f" prompts of an iteration, got {c.learners}"
+            )
+        if c.learners > 1 and self.learner.parallel != "ddp":
+            raise ConfigError(
+                f"learner.parallel: expected ddp, got {self.learner.parallel}: slots of weights are"
+                " not sharded in alignment"
             )
 
     def _check_numbers(self) -> None:
@@ -201,6 +225,7 @@ class Config:
                 reference_guidance=self.reference_guidance,
                 loss=self.loss,
                 learner=self.learner,
+                staleness=self.staleness,
             ),
             judges=(*self.judges, *self.watch),
             judge_retries=self.judge_retries,
@@ -235,6 +260,7 @@ class Plan:
     max_failed_share: float
     scheme: Scheme
     watch: Sequence[str]
+    staleness: int
 
     @staticmethod
     def of(
@@ -265,6 +291,7 @@ class Plan:
             max_failed_share=config.max_failed_share,
             scheme=config.scheme,
             watch=watch,
+            staleness=config.staleness,
         )
 
     def request(self, iteration: int) -> Request:

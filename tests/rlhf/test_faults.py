@@ -1,0 +1,135 @@
+"""Workers that die or hang in the middle of a run, and what is left of it: everything."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+
+from rlhf.cluster.base import Cluster
+from rlhf.cluster.local import LocalCluster
+from rlhf.errors import ClusterError, LearnerLost
+from rlhf.loop import align
+from tests.rlhf.test_cluster import Plan, assert_bitwise_equal, outcome
+from tests.rlhf.tiny import judge_spec, prompts, recipe, request, sampler
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Marked(Plan):
+    """Prompts carry a folder in which judges leave traces."""
+
+    folder: str = ""
+
+    def request(self, iteration):
+        asked = super().request(iteration)
+        marked = tuple(replace(p, columns={"folder": self.folder}) for p in asked.prompts)
+        return replace(asked, prompts=marked)
+
+
+def ray_cluster(tiny_base, kind=None, **settings):
+    from rlhf.cluster.ray import RayCluster
+
+    judges = settings.pop("judges", ("brightness",))
+    return (kind or RayCluster)(recipe(tiny_base, judges=judges, kind="ray", **settings))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_base, tmp_path_factory):
+    plan = Plan(groups=3)
+    return outcome(LocalCluster(recipe(tiny_base)), plan, tmp_path_factory.mktemp("undisturbed"))
+
+
+def killing():
+    """A cluster that kills a rollout worker in its second rollout and a judge in its third."""
+    from rlhf.cluster.ray import RayCluster
+
+    class Killing(RayCluster):
+        killed = ()
+
+        def rollout(self, asked, version):
+            self.begin(asked, version)
+            kind = {2: "rollout", 3: "reward"}.get(asked.iteration)
+            if kind is not None:
+                victim = self.processes[kind][0]
+                os.kill(victim, signal.SIGKILL)
+                self.killed = (*self.killed, victim)
+            return super().rollout(asked, version)
+
+        def close(self):
+            alive = {pid for pids in self.processes.values() for pid in pids} if self.killed else ()
+            assert not set(self.killed) & set(alive)
+            super().close()
+
+    return Killing
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_with_killed_workers_ends_as_one_without(
+    tiny_base, tmp_path, ray_head, undisturbed, workers
+):
+    cluster = ray_cluster(tiny_base, killing(), rollout_workers=workers)
+    assert_bitwise_equal(undisturbed, outcome(cluster, Plan(groups=3), tmp_path))
+    assert len(cluster.killed) == 2
+
+
+@pytest.mark.parametrize("judge", ["dies_once", "hangs_once"])
+def test_a_judge_that_took_its_process_with_it_is_asked_again(
+    tiny_base, tmp_path, ray_head, judge
+):
+    outcomes = []
+    for name in (judge, "brightness"):
+        cluster = ray_cluster(tiny_base, judges=(name,), judge_seconds=6.0)
+        plan = Marked(judges=(name,), iterations=2, folder=str(tmp_path))
+        watch, state = outcome(cluster, plan, tmp_path / name)
+        for row in watch.rows:  # judges' names are in those of figures
+            for key in [k for k in row if judge_spec(name) in k]:
+                row[key.replace(name, "judge")] = row.pop(key)
+        outcomes.append((watch, state))
+    assert (tmp_path / ("died" if judge == "dies_once" else "hung")).exists()
+    assert_bitwise_equal(*outcomes)
+
+
+def test_a_judge_that_never_answers_fails_and_the_other_one_counts(tiny_base, ray_head):
+    names = ("always_hangs", "brightness")
+    cluster = ray_cluster(tiny_base, judges=names, judge_seconds=4.0)
+    try:
+        version = cluster.publish("behaviour")
+        began = time.monotonic()
+        scores = cluster.score(cluster.rollout(request(1, sampler(), groups=1), version))
+        assert time.monotonic() - began < 120
+        hung, fine = (scores.table[judge_spec(name)][0] for name in names)
+        assert {s.state for s in hung} == {"failed"} and "no answer within 4 s" in hung[0].reason
+        assert {s.state for s in fine} == {"ok"}
+    finally:
+        cluster.close()
+
+
+def test_a_learner_that_dies_is_an_error_of_its_own(tiny_base, ray_head):
+    cluster = ray_cluster(tiny_base)
+    try:
+        cluster.publish("behaviour")
+        os.kill(cluster.processes["learner"][0], signal.SIGKILL)
+        with pytest.raises(LearnerLost, match="--resume"):
+            cluster.publish("behaviour")
+    finally:
+        cluster.close()
+
+
+def test_a_hanging_worker_is_replaced_and_one_that_always_hangs_ends_the_run(tiny_base, ray_head):
+    cluster = ray_cluster(tiny_base, timeout_seconds=20.0)
+    try:
+        version = cluster.publish("behaviour")
+        cluster.begin(request(1, sampler(), groups=1), version)
+        os.kill(cluster.processes["rollout"][0], signal.SIGSTOP)
+        refs = cluster.rollout(request(1, sampler(), groups=1), version)
+        assert cluster.pixels(refs).shape == (1, 4, 3, 64, 64)
+        cluster.workers._patience = 0.0  # nobody starts in no time
+        cluster.begin(request(2, sampler(), groups=1), version)
+        os.kill(cluster.processes["rollout"][0], signal.SIGKILL)
+        with pytest.raises(ClusterError, match="no rollout worker is left of 1"):
+            cluster.rollout(request(2, sampler(), groups=1), version)
+    finally:
+        cluster.close()
