@@ -93,6 +93,15 @@ PROGRAMS = (
         resumable=True,
     ),
     Program(
+        "submit",
+        "run a command as a job of a Ray cluster",
+        (
+            "rlhf submit 'align --config align/scenes runs=/shared/runs' address=http://head:8265",
+            "rlhf submit 'align --resume /shared/runs/scenes' address=http://head:8265 wait=false",
+        ),
+        positional="command",
+    ),
+    Program(
         "generate",
         "make pictures from prompts",
         ('rlhf generate prompt="a red circle" model=scenes', "rlhf generate model=runs/scenes"),
@@ -164,6 +173,11 @@ PROGRAMS = (
         "bench step",
         "time one iteration against the forwards and backwards it needs",
         ("rlhf bench step --config bench/step", "rlhf bench step --config bench/step --json"),
+    ),
+    Program(
+        "bench scaling",
+        "time the rollout phase with one worker and with several",
+        ("rlhf bench scaling", "rlhf bench scaling overrides='[cluster.rollout_workers=4]'"),
     ),
     Program(
         "reward serve",

@@ -98,7 +98,9 @@ class Ranks:
             raise ClusterError(f"the first rank failed, so rank {self.rank} stops: {said[0]}")
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, on each. Raises ClusterError if one does not answer in time."""
+        """The values of all ranks, in their order, on each. Raises ClusterError if one does not
+        answer in time.
+        """
         if self.backend is None:
             return [value]
         values: list[T] = [value] * self.world

@@ -140,7 +140,9 @@ def align_overlapped(cluster: Cluster, plan: Plan, observer: Observer, done: int
         cluster.release(refs)
 
 
-def advantages_of(scores: Scores, plan: Plan, request: Request) -> tuple[Advantages, AdvantageReport]:
+def advantages_of(
+    scores: Scores, plan: Plan, request: Request
+) -> tuple[Advantages, AdvantageReport]:
     """Advantages of an iteration's samples, as the plan weighs judges. Raises TooManyFailures."""
     check_failures(scores, plan.max_failed_share)
     return group_advantages(

@@ -32,7 +32,8 @@ class Lost(Exception):
 
 
 def answer(future: ObjectRef, timeout: float = 60.0) -> Any:
-    """The answer of a call that has come back: errors of ours as themselves, others with their remote traceback.
+    """The answer of a call that has come back: errors of ours as themselves, others with their
+    remote traceback.
 
     Raises:
         RayActorError and the like (GONE): the actor died. Lost: an argument did.

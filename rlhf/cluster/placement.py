@@ -1,9 +1,9 @@
 """Where actors run: Ray placement groups of the two layouts.
 
-    colocated       one group. Seat i holds rollout worker i and learner i, which take turns on its
-                    cores and share its GPU; judges sit anywhere in the group.
-    disaggregated   three groups. Rollout workers and judges spread over the nodes, learners keep
-                    together; each actor has cores and GPUs of its own.
+colocated       one group. Seat i holds rollout worker i and learner i, which take turns on its
+                cores and share its GPU; judges sit anywhere in the group.
+disaggregated   three groups. Rollout workers and judges spread over the nodes, learners keep
+                together; each actor has cores and GPUs of its own.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Groups go to whichever rollout worker is free; a finished group is judged at once, so judging
 overlaps with sampling. Results depend on seeds and groups alone, not on who computed what, nor how
 often: workers and judges that die, hang or lose their node are replaced and their groups asked
-again (`crew.py`). A learner holds what nobody else knows, so its loss ends the cluster: LearnerLost.
+again (`crew.py`). A learner holds what nobody else knows: its loss ends the cluster (LearnerLost).
 Every wait is bounded. Ray's transport is cloudpickle: run it on a cluster you trust.
 """
 
@@ -33,9 +33,13 @@ TRIES = 3  # that a group may be sampled and lost
 
 
 def connect(address: str | None, cpus: int) -> bool:
-    """Join a running Ray, or start one here with room for our actors. True if it was started."""
+    """Join a running Ray, or start one here with room for our actors. True if it was started.
+
+    Without `address`, RAY_ADDRESS is joined if it is set, as it is in a job of a cluster.
+    """
     if ray.is_initialized():
         return False
+    address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # see docs/threads.md
     env = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": spin}}
@@ -55,6 +59,11 @@ def connect(address: str | None, cpus: int) -> bool:
     return True
 
 
+def shutdown() -> None:
+    """Leave Ray, and end it if it was started here."""
+    ray.shutdown()
+
+
 @dataclass(slots=True, kw_only=True)
 class _Group:
     """A group that lives in the cluster: how to make it, and what there is of it."""
@@ -72,7 +81,7 @@ class RayCluster:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, c = recipe, recipe.cluster
-        self._started = connect(c.address, cpus_of(c) + c.reward_workers)
+        self._started = connect(c.address, cpus_of(c))
         self._groups: dict[str, _Group] = {}
         self._handovers: dict[Version, ObjectRef] = {}
         self._crews: tuple[Crew, ...] = ()
@@ -205,9 +214,8 @@ class RayCluster:
         return self._ask(self._learners, "update", advantages)[0]
 
     def pixels(self, refs: Sequence[GroupRef]) -> np.ndarray:
-        groups = [self._groups[r.id] for r in refs]
-        self._using(refs, lambda group: group.rollouts)
-        return np.stack([ray.get(g.rollouts).pixels.numpy() for g in groups])
+        found = self._using(refs, lambda group: group.rollouts)
+        return np.stack([rollouts.pixels.numpy() for rollouts in found])
 
     def release(self, refs: Sequence[GroupRef]) -> None:
         for ref in refs:
@@ -236,7 +244,7 @@ class RayCluster:
         if self._place is not None:
             self._place.remove()
         if self._started:
-            ray.shutdown()
+            shutdown()
 
     # --- a group's way through the crews ----------------------------------------------------------
 
@@ -296,24 +304,20 @@ class RayCluster:
         groups = [self._groups[r.id] for r in refs]
         self._drive(lambda: all(g.rollouts is not None for g in groups))
 
-    def _using(self, refs: Sequence[GroupRef], send: Callable[[_Group], Any]) -> None:
-        """Wait for what `send` asks of each group; groups that a node took along are sampled again,
-        with the same seeds and so the same outcome.
+    def _using(self, refs: Sequence[GroupRef], send: Callable[[_Group], Any]) -> list[Any]:
+        """Answers to what `send` asks of each group. Those that a node took along are sampled
+        again, with the same seeds and so the same outcome.
         """
-        left = list(refs)
-        while left:
+        answers: dict[str, Any] = {}
+        while left := [ref for ref in refs if ref.id not in answers]:
             self._sampled(left)
             sent = {ref.id: send(self._groups[ref.id]) for ref in left}
-            left = [ref for ref in left if not self._arrived(sent[ref.id])]
-            for ref in left:
-                self._sample(self._groups[ref.id])
-
-    def _arrived(self, future: ObjectRef) -> bool:
-        try:
-            self._learnt([future], "groups")
-        except Lost:
-            return False
-        return True
+            for id, future in sent.items():
+                try:
+                    answers[id] = self._learnt([future], "groups")[0]
+                except Lost:
+                    self._sample(self._groups[id])
+        return [answers[ref.id] for ref in refs]
 
 
 def _spawner(body: type, place: Placement, kind: Any, threads: int) -> Callable[[int], Any]:

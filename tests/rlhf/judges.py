@@ -55,7 +55,6 @@ class _Named:
 named = _Named()
 
 
-
 def _first(folder: str, name: str) -> bool:
     """True for the first process that asks."""
     try:

@@ -98,6 +98,25 @@ def test_local_one_and_two_workers_agree_bitwise(tiny_base, tmp_path, ray_head, 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nft", "grpo-recentred"])
+def test_two_learners_are_one_within_rounding(tiny_base, tmp_path, ray_head, loss):
+    """Groups of three to two ranks: uneven shares. Metrics are those of the whole batch."""
+    from rlhf.cluster.ray import RayCluster
+
+    plan, theirs = Plan(loss, groups=3), recipe(tiny_base, loss, kind="ray", learners=2)
+    one, state = outcome(LocalCluster(recipe(tiny_base, loss)), plan, tmp_path / "one")
+    two, state_2 = outcome(RayCluster(theirs), plan, tmp_path / "two")
+    for row, row_2 in zip(one.rows, two.rows, strict=True):
+        assert row_2 == pytest.approx(row, rel=1e-3, abs=1e-6)
+    for part, tensors in state.tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                state_2.tensors[part][name], tensor, rtol=1e-4, atol=1e-6, msg=f"{part}/{name}"
+            )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_ray_cluster_refuses_stale_rollouts_and_forgets_what_is_released(tiny_base, ray_head):
     from rlhf.cluster.ray import RayCluster
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from rlhf.cluster.base import Cluster
 from rlhf.cluster.local import LocalCluster
 from rlhf.errors import ClusterError, LearnerLost
-from rlhf.loop import align
 from tests.rlhf.test_cluster import Plan, assert_bitwise_equal, outcome
-from tests.rlhf.tiny import judge_spec, prompts, recipe, request, sampler
+from tests.rlhf.tiny import judge_spec, recipe, request, sampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -76,9 +74,7 @@ def test_a_run_with_killed_workers_ends_as_one_without(
 
 
 @pytest.mark.parametrize("judge", ["dies_once", "hangs_once"])
-def test_a_judge_that_took_its_process_with_it_is_asked_again(
-    tiny_base, tmp_path, ray_head, judge
-):
+def test_a_judge_that_took_its_process_with_it_is_asked_again(tiny_base, tmp_path, ray_head, judge):
     outcomes = []
     for name in (judge, "brightness"):
         cluster = ray_cluster(tiny_base, judges=(name,), judge_seconds=6.0)
