@@ -35,7 +35,7 @@ def actors(root: int, doing: str = "") -> dict[str, list[int]]:
     """Ids of the actors below `root` by kind; with `doing`, of those inside that method."""
     found: dict[str, list[int]] = {kind: [] for kind in KINDS.values()}
     for pid, title in children(root):
-        body, _, method = title.removeprefix("ray::").partition(".")
+        body, _, method = title.split(" ")[0].removeprefix("ray::").partition(".")
         if title.startswith("ray::") and body in KINDS and doing in ("", method):
             found[KINDS[body]].append(pid)
     return found

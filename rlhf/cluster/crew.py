@@ -145,9 +145,9 @@ class Crew:
             value = answer(future)
         except GONE as error:
             self._bury(task, str(error).strip().splitlines()[0])
-        except Lost:
+        except Exception as error:
             self._idle.append((task.actor, task.seat))
-            if call.lost is None:
+            if not isinstance(error, Lost) or call.lost is None:
                 raise
             call.lost()
         else:

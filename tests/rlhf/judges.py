@@ -70,11 +70,5 @@ def dies_once(images, prompts, sources, folder):
     return brightness(images, prompts, sources)
 
 
-def hangs_once(images, prompts, sources, folder):
-    if _first(folder[0], "hung"):
-        time.sleep(3600)
-    return brightness(images, prompts, sources)
-
-
 def always_hangs(images, prompts, sources):
     time.sleep(3600)
