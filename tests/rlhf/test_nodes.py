@@ -44,7 +44,7 @@ def test_seats_of_both_layouts():
 
     shared = ClusterConfig(rollout_workers=2, learners=3, gpus_per_worker=0.5, gpus_per_learner=0.5)
     assert bundles_of(shared) == {"all": [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1, "GPU": 0.5}]}
-    apart = ClusterConfig(layout="disaggregated", rollout_threads=3, gpus_per_learner=1)
+    apart = ClusterConfig(layout="disaggregated", rollout_threads=3, gpus_per_learner=1.0)
     assert bundles_of(apart) == {
         "rollout": [{"CPU": 3}] * 2,
         "reward": [{"CPU": 1}],
