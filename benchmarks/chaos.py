@@ -225,20 +225,24 @@ def lose_a_node(trial: Trial) -> None:
 
 
 def perform(name: str, work: Path) -> Trial:
-    """The run with a fault, continued until it succeeds or fails twice alike."""
+    """The run with a fault, continued with --resume if it ended."""
     fault = FAULTS[name]
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     trial = Trial(folder, fault.settings)
-    if name == "node":
-        lose_a_node(trial)
-    else:
-        trial.start()
-        fault.strike(trial)
-        trial.end()
-    if trial.exits[-1] != 0 and name != "judge-always-hangs":
-        trial.start(resume=True)
-        trial.end()
+    try:
+        if name == "node":
+            lose_a_node(trial)
+        else:
+            trial.start()
+            fault.strike(trial)
+            trial.end()
+        if trial.exits[-1] != 0 and name != "judge-always-hangs":
+            trial.start(resume=True)
+            trial.end()
+    finally:
+        if trial.process is not None:
+            trial.process.kill()  # nothing, where it has ended
     return trial
 
 
@@ -315,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="where runs are kept; by default nowhere")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no run is left behind
     results = json.loads(options.out.read_text()) if options.out.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for name in options.only:
