@@ -8,6 +8,7 @@ disaggregated   three groups. Rollout workers and judges spread over the nodes, 
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 import ray
@@ -60,9 +61,8 @@ class Placement:
         self._groups: dict[str, PlacementGroup] = {
             name: placement_group(group, strategy=STRATEGY[name]) for name, group in bundles.items()
         }
-        ready = [group.ready() for group in self._groups.values()]
-        there, _ = ray.wait(ready, num_returns=len(ready), timeout=config.timeout_seconds)
-        if len(there) < len(ready):
+        end = time.monotonic() + config.timeout_seconds
+        if not all(g.wait(max(end - time.monotonic(), 0.0)) for g in self._groups.values()):
             self.remove()
             raise ClusterError(
                 f"cluster.layout={config.layout} needs room for {bundles}, and within"

@@ -151,7 +151,9 @@ class RayCluster:
     def _learnt(self, futures: Sequence[ObjectRef], method: str) -> list[Any]:
         try:
             self._drive(lambda: True, futures)
-        except (*GONE, TimeoutError) as error:
+        except Exception as error:
+            if not isinstance(error, TimeoutError) and not any(map(_gone, futures)):
+                raise
             raise LearnerLost(
                 f"learner, {method}: {str(error).strip().splitlines()[0]}: raise"
                 " cluster.timeout_seconds if it was at work; continue with --resume"
@@ -318,6 +320,17 @@ class RayCluster:
                 except Lost:
                     self._sample(self._groups[id])
         return [answers[ref.id] for ref in refs]
+
+
+def _gone(future: ObjectRef) -> bool:
+    """Whether the actor that was asked has died. Another one may have noticed before Ray did."""
+    try:
+        answer(future, timeout=5.0)
+    except GONE:
+        return True
+    except Exception:  # what else it raised is known
+        return False
+    return False
 
 
 def _spawner(body: type, place: Placement, kind: Any, threads: int) -> Callable[[int], Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from rlhf.cluster.local import LocalCluster
 from rlhf.errors import ClusterError, LearnerLost
-from tests.rlhf.test_cluster import Plan, assert_bitwise_equal, outcome
+from rlhf.loop import align
+from tests.rlhf.test_cluster import Plan, Watch, assert_bitwise_equal, outcome
 from tests.rlhf.tiny import judge_spec, recipe, request, sampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -100,6 +101,23 @@ def test_a_learner_that_dies_is_an_error_of_its_own(tiny_base, ray_head):
         os.kill(cluster.processes["learner"][0], signal.SIGKILL)
         with pytest.raises(LearnerLost, match="--resume"):
             cluster.publish("behaviour")
+    finally:
+        cluster.close()
+
+
+def test_one_learner_of_two_that_dies_in_an_update_takes_both_along(tiny_base, ray_head):
+    from rlhf.cluster.ray import RayCluster
+
+    class Killing(RayCluster):
+        def _ask(self, learners, method, *args):
+            if method == "update":
+                os.kill(self.processes["learner"][1], signal.SIGKILL)
+            return super()._ask(learners, method, *args)
+
+    cluster = ray_cluster(tiny_base, Killing, learners=2)
+    try:
+        with pytest.raises(LearnerLost, match="learner, update"):
+            align(cluster, Plan(), Watch(cluster))
     finally:
         cluster.close()
 
