@@ -274,9 +274,10 @@ class RayCluster:
         self.workers.put(Call(method="rollout", args=args, then=then, lost=lost, kept=True))
 
     def _judge(self, group: _Group, names: tuple[str, ...] | None, body: ObjectRef) -> None:
-        """Have a group judged: by everyone in one call, and where that takes down its actor or does
-        not end, by one after another, so that only the judges at fault fail.
+        """Have a group judged: by everyone in one call, and where that was tried often enough, once
+        by each alone, so that only the judges at fault fail.
         """
+        alone = [(card.name,) for card in self._cards]
 
         def then(judged: Judged) -> None:
             if names in group.asks:
@@ -291,16 +292,25 @@ class RayCluster:
                 self._sample(group)
 
         def give_up(reason: str) -> None:
-            if names is not None:
-                answers = (failed(f"its process: {reason}"),) * len(group.ref.seeds)
-                then(Judged(scores={name: answers for name in names}))
-            elif None in group.asks:
-                group.asks = [(card.name,) for card in self._cards]
-                for one in group.asks:
+            if names is None and len(alone) > 1:
+                group.asks = [*alone]
+                for one in alone:
                     self._judge(group, one, body)
+            else:
+                answers = (failed(f"its process: {reason}"),) * len(group.ref.seeds)
+                then(Judged(scores={name: answers for name in names or alone[0]}))
 
-        call = Call(method="score", args=(body, names), then=then, lost=lost, give_up=give_up)
-        self.judges.put(call)
+        tries = 0 if names is None else self.judges.tries - 1
+        self.judges.put(
+            Call(
+                method="score",
+                args=(body, names),
+                then=then,
+                lost=lost,
+                give_up=give_up,
+                tries=tries,
+            )
+        )
 
     def _sampled(self, refs: Sequence[GroupRef]) -> None:
         groups = [self._groups[r.id] for r in refs]
