@@ -95,10 +95,7 @@ PROGRAMS = (
     Program(
         "submit",
         "run a command as a job of a Ray cluster",
-        (
-            "rlhf submit 'align --config align/scenes runs=/shared/runs' address=http://head:8265",
-            "rlhf submit 'align --resume /shared/runs/scenes' address=http://head:8265 wait=false",
-        ),
+        ("rlhf submit 'align --config align/scenes runs=/shared/runs' address=http://head:8265",),
         positional="command",
     ),
     Program(
@@ -174,11 +171,7 @@ PROGRAMS = (
         "time one iteration against the forwards and backwards it needs",
         ("rlhf bench step --config bench/step", "rlhf bench step --config bench/step --json"),
     ),
-    Program(
-        "bench scaling",
-        "time the rollout phase with one worker and with several",
-        ("rlhf bench scaling", "rlhf bench scaling overrides='[cluster.rollout_workers=4]'"),
-    ),
+    Program("bench scaling", "time rollouts with one worker and several", ("rlhf bench scaling",)),
     Program(
         "reward serve",
         "serve judges over HTTP",

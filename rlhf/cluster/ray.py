@@ -285,6 +285,7 @@ class RayCluster:
                 group.judged = Judged(
                     scores={**group.judged.scores, **judged.scores},
                     figures={**group.judged.figures, **judged.figures},
+                    seconds={**group.judged.seconds, **judged.seconds},
                 )
 
         def lost() -> None:
