@@ -126,7 +126,8 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
 
     When a learner is lost, the run goes on from its last checkpoint, `cluster.restarts` times.
     """
-    for left in reversed(range(config.cluster.restarts + 1)):
+    left = config.cluster.restarts
+    while True:
         try:
             return _run(config, resume)
         except LearnerLost as error:
@@ -134,8 +135,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
             if not left or not (home / "config.yaml").is_file():
                 raise
             Console(stderr=True).print(f"{error}: goes on by itself", style="yellow")
-            resume = home
-    raise AssertionError("the last attempt returns or raises")
+            left, resume = left - 1, home
 
 
 def _run(config: Config, resume: Path | None) -> dict[str, Any]:
