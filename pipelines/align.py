@@ -18,6 +18,7 @@ from rich.console import Console
 
 from rewards import images
 from rlhf import checkpoint, page
+from rlhf.bare import work_of
 from rlhf.cluster import make_cluster
 from rlhf.cluster.base import Cluster
 from rlhf.errors import Interrupted, LearnerLost, RewardHacked
@@ -71,7 +72,7 @@ class Recorder:
         row |= {"nfe": self.forwards(), "reward_calls": row["samples"] * len(c.recipe().judges)}
         last = iteration == c.iterations
         if last or (c.evaluation.every and iteration % c.evaluation.every == 0):
-            row |= self.measure("train", f"step_{iteration:06d}").row()
+            row |= self.measure(c.evaluation.slot, f"step_{iteration:06d}").row()
             version = self.cluster.publish("behaviour")
         figures, alarms = self.monitor.observe(row)
         self.log.log({"step": iteration, **row, **figures})
@@ -159,14 +160,14 @@ def _run(config: Config, resume: Path | None) -> dict[str, Any]:
         before = load_evaluation(home) or save_evaluation(
             home, recorder.measure("reference", "before")
         )
-        loop = align_overlapped if config.staleness else align
+        loop, slot = align_overlapped if config.staleness else align, config.evaluation.slot
         loop(cluster, plan, recorder, done)
-        after = recorder.latest if done < config.iterations else recorder.measure("train", "after")
+        after = recorder.latest if done < config.iterations else recorder.measure(slot, "after")
         assert after is not None
         last = home.samples / f"step_{config.iterations:06d}.png"
         if last.is_file():
             (home.samples / "after.png").write_bytes(last.read_bytes())
-        cluster.export("train", home.root / "export")
+        cluster.export(slot, home.root / "export")
     finally:
         signal.signal(signal.SIGTERM, previous)
         recorder.log.close()
@@ -214,20 +215,19 @@ def load_evaluation(home: Run) -> Evaluation | None:
 def plan(config: Config) -> str:
     """The arithmetic of an iteration, for --dry-run."""
     samples = config.prompts_per_iteration * config.group_size
-    judges = len(config.recipe().judges)
-    branches = 2 if config.rollout.guidance > 1 else 1
-    trained = config.rollout.window[1] - config.rollout.window[0] if config.loss.loss.form else 1
-    per_update = samples * trained
-    old = per_update if config.loss.loss.form is None else 0
+    judges, updates = len(config.recipe().judges), config.loss.updates_per_rollout
+    alignment = config.recipe().alignment
+    work = work_of(config.prompts_per_iteration, config.group_size, config.rollout, alignment)
+    rows = work.counts()
     return "\n".join(
         [
             f"per iteration: {config.prompts_per_iteration} prompts x {config.group_size} samples"
             f" = {samples} pictures",
-            f"  rollout: {config.rollout.steps} steps x {branches} branch(es) ="
-            f" {samples * config.rollout.steps * branches} forwards",
-            f"  training: {config.loss.updates_per_rollout} updates x {per_update} transitions"
-            f" = {config.loss.updates_per_rollout * per_update} forward+backward,"
-            f" {config.loss.updates_per_rollout * old} forwards",
+            f"  rollout: {work.steps} steps x {work.branches} branch(es) ="
+            f" {rows['count/rollout/forward_rows']} forwards",
+            f"  training: {updates} updates x {work.groups * work.train_rows} transitions"
+            f" = {rows['count/train/backward_rows']} forward+backward,"
+            f" {rows['count/train/forward_rows']} forwards",
             f"  judges: {judges} x {samples} = {judges * samples} calls",
             f"total: {config.iterations} iterations, {config.iterations * samples} pictures",
             f"memory: {memory(config)}",

@@ -72,6 +72,7 @@ class CollectConfig:
         default_factory=lambda: {"train": 9, "dev": 9, "test": 1}
     )  # who rate one picture; of the test split, one, whose own accuracy is reported
     canaries: float = 0.12  # share of the drawn groups' pictures, in training alone
+    swapped: float = 0.0  # edits that come a second time under another instruction, likewise
     models: dict[str, Source] = field(default_factory=lambda: {"scenes": Source()})
     workers: int = 2
     threads: int = 1
@@ -91,10 +92,11 @@ class CollectConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """One prompt and its pictures."""
+    """One prompt and its pictures; of edits also whose picture is the source."""
 
     spec: Spec | Edit
     pictures: tuple[Candidate, ...]
+    source: Spec | None = None
 
 
 def specs(config: CollectConfig, split: str, kind: str, count: int) -> list[Spec | Edit]:
@@ -119,7 +121,23 @@ def drawn(config: CollectConfig, split: str) -> Iterator[Group]:
         found = candidates.candidates(rng, spec, config.per_prompt, config.size)
         if split == "train":
             found = [_spoilt(rng, spec, c, config.canaries) for c in found]
+            if isinstance(spec, Edit) and rng.random() < config.swapped:
+                yield _swapped(rng, spec, config, i)
         yield Group(spec=spec, pictures=tuple(found))
+
+
+def _swapped(rng: np.random.Generator, spec: Edit, config: CollectConfig, i: int) -> Group:
+    """Pictures of an edit under the instruction of another one."""
+    other = spec
+    while world.terse(other) == world.terse(spec):
+        number = 25_000_000 + i * 100 + int(rng.integers(100))
+        drawn_ = world.draw("edits", number, split="train")
+        assert isinstance(drawn_, Edit)
+        other = drawn_
+    found = candidates.candidates(rng, spec, config.per_prompt, config.size)
+    origin = "canary:swapped_prompt"
+    pictures = tuple(Candidate(picture=c.picture, origin=origin) for c in found)
+    return Group(spec=other, pictures=pictures, source=spec.source)
 
 
 def _spoilt(rng: np.random.Generator, spec: Spec | Edit, one: Candidate, share: float) -> Candidate:
@@ -193,12 +211,13 @@ def judgements(
 ) -> Iterator[Judgement]:
     """What so many people say of a group: on each axis a rank, and a rating of each picture."""
     spec, rng = group.spec, np.random.default_rng([seed, 29, len(split), number])
-    edit = isinstance(spec, Edit)
+    size = group.pictures[0].picture.shape[-1]
+    source = group.source or (spec.source if isinstance(spec, Edit) else None)
     common: dict[str, Any] = {
         "prompt": world.terse(spec),
         "category": world.category_of(spec),
         "group": f"{split}-{number:06d}",
-        "sources": (render(spec.source, group.pictures[0].picture.shape[-1]),) if edit else (),
+        "sources": (render(source, size),) if source else (),
     }
     pictures = tuple(c.picture for c in group.pictures)
     about: dict[str, Any] = {TOUCHED: None}

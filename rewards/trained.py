@@ -278,6 +278,6 @@ def _of_card(folder: Path, about: Mapping[str, Any], towers: Towers | None = Non
         raise RewardConfigError(
             f"expected the weights of {list(about['heads'])} in '{folder / HEADS}': {error}"
         ) from error
-    model.to(towers.mean.device).eval().requires_grad_(False)
+    model.to(towers.device).eval().requires_grad_(False)
     axis, settings = about["axis"], about.get("settings", {})
     return kind_of(axis)(model, card_of(about["card"]), axis, settings)

@@ -10,88 +10,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rewards import images
-from rlhf import checkpoint, noise, weights
+from rlhf import checkpoint, kernels, noise, weights
 from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError, ReplayMismatch, StaleRollouts
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.losses import (
-    LOSSES,
-    Loss,
+    LossConfig,
     LossTerms,
-    grpo,
+    Noised,
+    Transitions,
+    added,
     keep_live,
-    nft,
     noised,
+    penalty,
     summarise,
     transition_log_prob,
+    transition_weight,
+    velocity_kl,
 )
 from rlhf.policies.base import Condition, Policy
-from rlhf.types import Advantages, Rollouts, StepReport, Version
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossConfig:
-    """Which loss, and how often one batch of rollouts is used.
-
-    `behaviour_lag`: after iteration i the behaviour slot keeps min(lag_max, lag_rate * i) of itself
-    (NFT); for ratio losses it becomes `train`. `sigma_span` is the part of the grid that NFT draws
-    from, 0 = noise end.
-    """
-
-    name: str = "nft"
-    updates_per_rollout: int = 6
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
-    beta: float = 1.0
-    adv_max: float = 2.0
-    kl: float = 0.0
-    lag_max: float = 0.7
-    lag_rate: float = 0.02
-    sigma_span: tuple[float, float] = (0.0, 1.0)
-    old_logp: Literal["rollout", "replay"] = "rollout"
-    replay_tolerance: float = 1e-6
-
-    def check(self) -> None:
-        if self.name not in LOSSES:
-            raise ConfigError(f"loss.name: expected one of {', '.join(LOSSES)}, got '{self.name}'")
-        if self.updates_per_rollout < 1:
-            raise ConfigError(
-                f"loss.updates_per_rollout: expected at least 1, got {self.updates_per_rollout}"
-            )
-        if not 0 <= self.sigma_span[0] < self.sigma_span[1] <= 1:
-            raise ConfigError(
-                f"loss.sigma_span: expected 0 <= low < high <= 1, got {self.sigma_span}"
-            )
-        if min(self.beta, self.adv_max, self.clip_low, self.clip_high) <= 0:
-            raise ConfigError("loss: expected beta, adv_max, clip_low and clip_high above 0")
-        if not (0 <= self.lag_max < 1 and self.lag_rate >= 0):
-            raise ConfigError(
-                f"loss: expected 0 <= lag_max < 1 and lag_rate >= 0, got {self.lag_max} and"
-                f" {self.lag_rate}"
-            )
-        if self.kl < 0 or (self.kl > 0 and self.loss.form is not None):
-            raise ConfigError(
-                f"loss.kl: expected 0 (or more with loss.name=nft), got {self.kl} with {self.name}"
-            )
-
-    @property
-    def loss(self) -> Loss:
-        return LOSSES[self.name]
+from rlhf.schedule import Schedule
+from rlhf.types import Advantages, Rollouts, StepReport, Trajectory, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignmentConfig:
-    """What the learner needs to know of a run."""
+    """What the learner needs to know of a run. `ema`: see `rlhf.plan.Config`."""
 
     seed: int = 0
     train_guidance: float = 1.0
     reference_guidance: float = 1.0
+    ema: float = 0.0
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     staleness: int = 0  # updates that rollouts may be older than the weights they train
@@ -108,8 +62,10 @@ class AlignmentLearner:
         self.policy, self.config, self.ranks = policy, config, ranks
         self.learner = Learner(policy.slots.parameters, config.learner, ranks)
         self.iteration = 0
-        self._replayed: dict[int, Tensor] = {}  # old log-probs by group, for old_logp=replay
+        self._replayed: dict[int, tuple[Tensor, Tensor | None]] = {}  # see `_old`, by group
         policy.slots.copy("train", "behaviour")
+        if config.ema > 0:
+            policy.slots.copy("train", "ema")
 
     # --- the verbs --------------------------------------------------------------------------------
 
@@ -152,6 +108,7 @@ class AlignmentLearner:
                 return term.loss, {}
 
             outcome = self.learner.step(batch, objective)
+            self._average(outcome.skipped)
             last = self._summary(terms) | {"grad_norm": outcome.grad_norm}
             first = first or last
         self._replayed.clear()
@@ -196,9 +153,15 @@ class AlignmentLearner:
             if name.startswith("behaviour/") and int(name.partition("/")[2]) < oldest:
                 slots.drop(name)
 
+    def _average(self, skipped: bool) -> None:
+        """One step of the running average; the first ones count for more (as in diffusers)."""
+        if self.config.ema > 0 and not skipped:
+            steps = self.learner.steps
+            self.policy.slots.lag("ema", min(self.config.ema, (1 + steps) / (10 + steps)))
+
     def _follow(self) -> None:
         loss = self.config.loss
-        if loss.loss.form is None:
+        if loss.loss.lagged:
             self.policy.slots.lag("behaviour", min(loss.lag_max, loss.lag_rate * self.iteration))
         else:
             self.policy.slots.copy("train", "behaviour")
@@ -243,79 +206,97 @@ class AlignmentLearner:
         low, high = (int(round(f * len(grid))) for f in loss.sigma_span)
         low = min(low, len(grid) - 1)
         sigma = grid[torch.randint(low, max(high, low + 1), (len(x0),), generator=rows)]
-        x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
+        eps = torch.randn(x0.shape, generator=rows)
+        x = noised(x0, eps, sigma)
         with torch.no_grad():
             v_old = self._velocity(x, sigma, rollouts, self._sampled_by(rollouts.ref.version))
-            v_ref = self._velocity(x, sigma, rollouts, "reference") if loss.kl > 0 else None
-        v_theta = self._velocity(x, sigma, rollouts, "train")
-        return nft(
-            v_theta,
-            v_old,
-            x,
-            x0,
-            sigma,
-            advantage_G,
-            weight_G,
-            loss.beta,
-            loss.adv_max,
-            v_ref,
-            loss.kl,
-        )
+            others = [self._velocity(x, sigma, rollouts, slot) for slot, _ in loss.penalties]
+        v = self._velocity(x, sigma, rollouts, "train")
+        seen = Noised(v_theta=v, v_old=v_old, x_s=x, x0=x0, eps=eps, sigma_G=sigma)
+        terms = loss.loss.function(seen, advantage_G, weight_G, loss)
+        return self._held(terms, v, others, weight_G)
+
+    def _held(self, terms: LossTerms, v: Tensor, others: list[Tensor], weight_B) -> LossTerms:
+        """With the KL to each slot that the weights are held near; rows of `v` weigh `weight_B`."""
+        pairs = zip(self.config.loss.penalties, others, strict=True)
+        near = [penalty(slot, velocity_kl(v, o, weight_B), c) for (slot, c), o in pairs]
+        return added([terms, *near]) if near else terms
 
     def _ratio(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
-        loss, t = self.config.loss, rollouts.trajectory
+        loss, t, grid = self.config.loss, rollouts.trajectory, rollouts.schedule
         if t is None:
             raise ConfigError(
                 f"loss {loss.name} needs the trajectory, the rollouts hold none: use kernel"
                 " flow-sde"
             )
         x, after = (keep_live(a, weight_G, axis=1) for a in (t.x_KGNC, t.next_KGNC))
-        shift = None if t.shift_KGNC is None else keep_live(t.shift_KGNC, weight_G, axis=1)
-        logp = self._log_probs(rollouts, x, after, shift, "train")
-        old = t.logp_KG
-        if loss.old_logp == "replay":
-            if update == 0:
-                with torch.no_grad():
-                    old_slot = self._sampled_by(rollouts.ref.version)
-                    replayed = self._log_probs(rollouts, x, after, shift, old_slot)
-                self._replayed[rollouts.ref.group] = replayed
-            old = self._replayed[rollouts.ref.group]
-        terms = grpo(
-            logp,
-            keep_live(old, weight_G, axis=1),
-            advantage_G,
-            weight_G,
-            loss.clip_low,
-            loss.clip_high,
+        t = replace(
+            t,
+            x_KGNC=x,
+            next_KGNC=after,
+            shift_KGNC=None if t.shift_KGNC is None else keep_live(t.shift_KGNC, weight_G, axis=1),
         )
-        deviation = float(terms.maxima["ratio/max_dev"])
-        fresh = rollouts.ref.version.step == self.iteration
-        if update == 0 and fresh and not deviation <= loss.replay_tolerance:
+        with torch.no_grad():
+            others = [self._fields(rollouts, t, slot) for slot, _ in loss.penalties]
+            old_logp, v_old = self._old(rollouts, t, update)
+        v = self._fields(rollouts, t, "train")
+        logp, factors = self._log_probs(t, v, grid), [kernels.kl_factor(grid, i) for i in t.index_K]
+        old_logp = keep_live(old_logp, weight_G, axis=1)
+        if update == 0 and rollouts.ref.version.step == self.iteration:
+            self._check_first(rollouts, logp, old_logp, weight_G)
+        kl_old = None
+        if v_old is not None:
+            d = v - keep_live(v_old, weight_G, axis=1)
+            kl_old = torch.tensor(factors)[:, None] * d.square().flatten(2).mean(dim=2)
+        steps = Transitions(
+            logp_KG=logp,
+            old_logp_KG=old_logp,
+            kl_old_KG=kl_old,
+            q_K=torch.tensor([grid.coefficients(i).q for i in t.index_K]),
+            h_K=torch.tensor([grid.sigmas[i] - grid.sigmas[i + 1] for i in t.index_K]),
+        )
+        terms = loss.loss.function(steps, advantage_G, weight_G, loss)
+        exact = loss.kl_form == "gaussian"
+        rows = transition_weight(weight_G, factors if exact else [1.0] * len(factors))
+        return self._held(terms, v.flatten(0, 1), [o.flatten(0, 1) for o in others], rows)
+
+    def _check_first(self, rollouts: Rollouts, logp: Tensor, old: Tensor, weight_G) -> None:
+        """Raise ReplayMismatch unless the first ratio is 1."""
+        gap = keep_live(logp.detach() - old, weight_G, axis=1)
+        deviation, limit = float(gap.abs().max()), self.config.loss.replay_tolerance
+        if not deviation <= limit:
             raise ReplayMismatch(
                 f"before the first update the log-probs of group {rollouts.ref.group} differ by"
-                f" {deviation:.2e}"
-                f" (limit {loss.replay_tolerance:.0e}): rollout and learner do not compute the"
-                " same policy; use"
-                " loss.old_logp=replay, or the same dtype, cache mode and weights on both sides"
+                f" {deviation:.2e} (limit {limit:.0e}): rollout and learner do not compute the"
+                " same policy; use loss.old_logp=replay, or the same dtype, cache mode and weights"
+                " on both sides"
             )
-        return terms
 
-    def _log_probs(self, rollouts: Rollouts, x, after, shift, slot: str) -> Tensor:
-        """(K, G): all trained steps of the group in one call."""
-        t, grid = rollouts.trajectory, rollouts.schedule
-        assert t is not None
-        k, g = x.shape[:2]
-        sigma = torch.tensor([grid.sigmas[i] for i in t.index_K]).repeat_interleave(g)
-        v = self._velocity(x.flatten(0, 1), sigma, rollouts, slot).unflatten(0, (k, g))
+    def _old(self, rollouts: Rollouts, t: Trajectory, update: int) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and fields of the weights that sampled: as recorded, or computed here once."""
+        loss = self.config.loss
+        if loss.old_logp == "rollout":
+            return t.logp_KG, t.velocity_KGNC
+        if update == 0:
+            v = self._fields(rollouts, t, self._sampled_by(rollouts.ref.version))
+            logp = self._log_probs(t, v, rollouts.schedule)
+            needed = "velocity" in loss.loss.requires
+            self._replayed[rollouts.ref.group] = logp, v if needed else None
+        return self._replayed[rollouts.ref.group]
+
+    def _fields(self, rollouts: Rollouts, t: Trajectory, slot: str) -> Tensor:
+        """(K, G, N, C) velocities: all trained steps of the group in one call."""
+        k, g = t.x_KGNC.shape[:2]
+        sigma = torch.tensor([rollouts.schedule.sigmas[i] for i in t.index_K]).repeat_interleave(g)
+        return self._velocity(t.x_KGNC.flatten(0, 1), sigma, rollouts, slot).unflatten(0, (k, g))
+
+    def _log_probs(self, t: Trajectory, v: Tensor, grid: Schedule) -> Tensor:
+        """(K, G) log-probs of the recorded transitions under velocities."""
         form = self.config.loss.loss.form or "plain"
-        return torch.stack(
-            [
-                transition_log_prob(
-                    v[j], x[j], after[j], grid, i, form, None if shift is None else shift[j]
-                )
-                for j, i in enumerate(t.index_K)
-            ]
-        )
+        shifts = [None] * len(v) if t.shift_KGNC is None else t.shift_KGNC
+        rows = zip(v, t.x_KGNC, t.next_KGNC, t.index_K, shifts, strict=True)
+        logp = [transition_log_prob(w, x, after, grid, i, form, s) for w, x, after, i, s in rows]
+        return torch.stack(logp)
 
     @torch.no_grad()
     def _diagnostics(self, rollouts: Rollouts) -> dict[str, float]:
@@ -374,6 +355,8 @@ class AlignmentLearner:
         for name, tensors in state.tensors.items():
             if name.startswith("slots/"):
                 self.policy.slots.load(name.removeprefix("slots/").replace(".", "/"), tensors)
+        if self.config.ema > 0 and "slots/ema" not in state.tensors:
+            self.policy.slots.copy("train", "ema")
         self.learner.load_state(state.tensors["optimiser"], state.meta["learner"])
         self.iteration = int(state.meta["iteration"])
         return self.iteration

@@ -75,7 +75,7 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
     """The work of an iteration of `groups` prompts.
 
     A ratio loss replays the trained steps of the window under the new weights; a forward-process
-    loss needs the field of the old weights beside the new one, and with a KL that of the reference.
+    loss needs the field of the old weights beside the new one. A KL needs that of its slot.
     """
     loss = alignment.loss
     ratio = loss.loss.form is not None
@@ -88,7 +88,7 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
         updates=loss.updates_per_rollout,
         train_rows=group_size * (window if ratio else 1),
         train_branches=2 if alignment.train_guidance > 1 else 1,
-        still=0 if ratio else 1 + int(loss.kl > 0),
+        still=int(not ratio) + len(loss.penalties),
         replayed=int(ratio and loss.old_logp == "replay"),
         cached_prefix=sampler.cached_prefix,
     )

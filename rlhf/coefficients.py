@@ -7,13 +7,20 @@ kernel is one more row of `TABLE`. Notation: a step goes from noise level s to s
     ode        alpha = 1, gamma = -h, q = 0
     flow-sde   Euler-Maruyama of  dx = (v - (g^2 / 2) score) dt + g dw  with g^2 = a^2 s / (1 - s)
                (Flow-GRPO, arXiv:2505.05470)
+    dance      the same SDE with g = a at every level (DanceGRPO, arXiv:2505.07818)
+    cps        x0_hat and the noise estimate put together again at s', where part of the noise is
+               fresh:  (1 - s') x0_hat + s' cos(a pi/2) eps_hat + s' sin(a pi/2) z
+               (Flow-CPS, arXiv:2509.05952)
+
+All of them give x0 the coefficient 1 - s', and a = 0 is ode in each. Only ode and cps leave noise
+of std s' exactly; an Euler-Maruyama step leaves more, by O(h^2).
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-Kernel = Literal["ode", "flow-sde"]
+Kernel = Literal["ode", "flow-sde", "dance", "cps"]
 
 
 class Coefficients(NamedTuple):
@@ -22,6 +29,14 @@ class Coefficients(NamedTuple):
     alpha: float
     gamma: float
     q: float
+
+
+class Row(NamedTuple):
+    """A kernel: (s, s', s_max, a) -> coefficients, and where it cannot be trained."""
+
+    coefficients: Callable[[float, float, float, float], Coefficients]
+    highest: float = math.inf  # noise level a from which on it says nothing new
+    tail: int = 1  # so many steps at the end have too little noise for a log-prob
 
 
 def euler_maruyama(s: float, s_next: float, diffusion: float) -> Coefficients:
@@ -48,7 +63,21 @@ def flow_sde(s: float, s_next: float, s_max: float, a: float) -> Coefficients:
     return euler_maruyama(s, s_next, a * math.sqrt(s / (1.0 - min(s, s_max))))
 
 
-TABLE: Mapping[Kernel, Callable[[float, float, float, float], Coefficients]] = {
-    "ode": ode,
-    "flow-sde": flow_sde,
+def dance(s: float, s_next: float, s_max: float, a: float) -> Coefficients:
+    """DanceGRPO's kernel: as much noise per unit of time at every level."""
+    return euler_maruyama(s, s_next, a)
+
+
+def cps(s: float, s_next: float, s_max: float, a: float) -> Coefficients:
+    """Flow-CPS's kernel, 0 <= a <= 1; q does not shrink with the step. q = 0 where s' = 0."""
+    kept = s_next * math.cos(0.5 * math.pi * a)
+    gamma = kept * (1.0 - s) - s * (1.0 - s_next)
+    return Coefficients(1.0 - s_next + kept, gamma, s_next * math.sin(0.5 * math.pi * a))
+
+
+TABLE: Mapping[Kernel, Row] = {
+    "ode": Row(ode),
+    "flow-sde": Row(flow_sde),
+    "dance": Row(dance),
+    "cps": Row(cps, highest=1.0, tail=2),  # before the last step gamma^2 / (2 q^2) is in hundreds
 }

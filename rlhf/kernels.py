@@ -74,15 +74,14 @@ def log_prob(
     return -_mean_over_dims(square) / (2.0 * q * q) - math.log(q) - LOG_SQRT_2PI
 
 
-def gaussian_kl(
-    mean: Float[Tensor, "b *dims"], mean_ref: Float[Tensor, "b *dims"], q: float
-) -> Float[Tensor, " b"]:
-    """KL(N(mean, q^2) || N(mean_ref, q^2)) per latent dimension, nats per dim: bar(d^2) / (2 q^2).
+def kl_factor(schedule: Schedule, index: int) -> float:
+    """gamma^2 / (2 q^2): the exact KL of two transitions from one x is bar(dv^2) times this.
 
-    Exact: gamma, and so the time step, is inside the means. Raises ValueError for q <= 0.
+    Raises ValueError for a step without noise.
     """
+    _, gamma, q = schedule.coefficients(index)
     _need_noise(q)
-    return _mean_over_dims((mean.float() - mean_ref.float()).square()) / (2.0 * q * q)
+    return gamma * gamma / (2.0 * q * q)
 
 
 def guidance_shift(

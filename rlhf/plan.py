@@ -9,15 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from rewards.types import JudgeCard
 from rlhf.advantage import Scheme
-from rlhf.alignment import AlignmentConfig, LossConfig
+from rlhf.alignment import AlignmentConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
+from rlhf.coefficients import TABLE
 from rlhf.config import read_yaml
 from rlhf.errors import ConfigError
 from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
+from rlhf.losses import Choice, LossConfig, check_choice
 from rlhf.monitor import MonitorConfig
 from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
 from rlhf.prompts import PromptSet, batch_of
@@ -40,6 +43,7 @@ class EvaluationConfig:
     steps: int = 20
     guidance: float | None = None  # None: that of the rollouts
     settings: tuple[str, ...] = ("guided", "w1")
+    slot: Literal["train", "ema"] = "train"  # whose pictures, and what the run exports
     seed: int = 1000
 
 
@@ -58,7 +62,8 @@ class Config:
 
     `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
     `scheme`. With `staleness` above 0 samples are made while earlier ones train, on weights that
-    are that many updates older.
+    are that many updates older. `ema`: slot `ema` keeps this share of itself at every update; 0 =
+    there is none.
     """
 
     name: str = "align"
@@ -75,6 +80,7 @@ class Config:
     reference_guidance: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    ema: float = 0.0
     judges: tuple[str, ...] = ("oracle/fidelity",)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     weights_from: str | None = None  # a YAML file of weights, in their place
@@ -121,26 +127,39 @@ class Config:
                 " take them out of one of the two"
             )
 
+    def _choice(self, own_grid: bool = False) -> Choice:
+        loss = self.loss
+        return Choice(
+            loss=loss.loss,
+            kernel=self.rollout.kernel,
+            kl_form=loss.kl_form if loss.penalties else None,
+            replayed=loss.old_logp == "replay",
+            own_grid=own_grid,
+        )
+
     def _check_loss(self) -> None:
-        loss, kernel = self.loss.loss, self.rollout.kernel
-        if kernel not in loss.kernels:
-            raise ConfigError(
-                f"loss.name {loss.name} is defined for kernel {' or '.join(loss.kernels)}, got"
-                f" rollout.kernel={kernel}:"
-                f" write rollout.kernel={loss.kernels[0]}"
-            )
-        start, stop = self.rollout.window
-        if "trajectory" in loss.requires and stop <= start:
+        check_choice(self._choice())
+        loss, (start, stop) = self.loss.loss, self.rollout.window
+        if loss.form is not None and stop <= start:
             raise ConfigError(
                 f"loss.name {loss.name} needs stored stochastic steps, got"
                 f" rollout.window={list(self.rollout.window)}:"
                 " write for example rollout.window=[0,4]"
             )
-        if loss.form is not None and stop > self.rollout.steps - 1:
+        tail = TABLE[self.rollout.kernel].tail
+        if loss.form is not None and stop > self.rollout.steps - tail:
+            last = "last" if tail == 1 else f"last {tail}"
             raise ConfigError(
-                f"rollout.window: expected to stop before the last of {self.rollout.steps} steps,"
+                f"rollout.window: expected to stop before the {last} of {self.rollout.steps} steps,"
                 f" got {stop}:"
                 " its noise is too small to train on"
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema: expected a decay from 0 (none) to below 1, got {self.ema}")
+        if self.ema == 0 and (self.loss.kl_ema > 0 or self.evaluation.slot == "ema"):
+            raise ConfigError(
+                "loss.kl_ema and evaluation.slot=ema: expected a running average of the weights,"
+                " got none: write ema=0.99"
             )
 
     def _check_cluster(self) -> None:
@@ -193,10 +212,15 @@ class Config:
         protocol.sampler.check()
 
     def check_model(self) -> None:
-        """Raise ConfigError for a base that is not there, or a grid its scheduler cannot give."""
-        scheduler = Path(locate_base(self.policy.model)) / "scheduler" / "scheduler_config.json"
+        """Raise ConfigError for a base that is not there, a grid its scheduler cannot give, or a
+        loss that is not defined for it.
+        """
+        base = Path(locate_base(self.policy.model))
+        scheduler, index = base / "scheduler" / "scheduler_config.json", base / "model_index.json"
         if not scheduler.is_file():
             return  # a hub id: seen when it is opened
+        own = json.loads(index.read_text(encoding="utf-8")).get("sample_sigmas")
+        check_choice(self._choice(own_grid=own is not None))
         grid = json.loads(scheduler.read_text(encoding="utf-8"))
         for sampler in (self.rollout, self.protocol().sampler):
             sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
@@ -223,6 +247,7 @@ class Config:
                 seed=self.seed,
                 train_guidance=self.train_guidance,
                 reference_guidance=self.reference_guidance,
+                ema=self.ema,
                 loss=self.loss,
                 learner=self.learner,
                 staleness=self.staleness,
@@ -305,7 +330,7 @@ class Plan:
             prompts=chosen,
             seeds=seeds_of(c.seed, iteration, len(chosen), c.group_size),
             sampler=c.rollout,
-            store=c.loss.loss.form,
+            store=c.loss.loss.requires,
             train_guidance=c.train_guidance,
         )
 

@@ -10,10 +10,9 @@ import torch
 from rewards import images
 from rlhf import weights
 from rlhf.errors import StaleRollouts
-from rlhf.losses import Form
 from rlhf.policies.base import Policy
 from rlhf.sampling import Sampler, sample
-from rlhf.types import Geometry, GroupRef, Prompt, Rollouts, Version
+from rlhf.types import Field, Geometry, GroupRef, Prompt, Rollouts, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +24,7 @@ class Request:
     seeds: tuple[tuple[int, ...], ...]
     sampler: Sampler
     purpose: str = "train"
-    store: Form | None = None
+    store: tuple[Field, ...] = ()
     train_guidance: float = 1.0
 
     def refs(self, version: Version) -> list[GroupRef]:

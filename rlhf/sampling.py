@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf import kernels, noise, schedule
+from rlhf.coefficients import Kernel
 from rlhf.errors import ConfigError
-from rlhf.losses import Form, transition_log_prob
+from rlhf.losses import form_of, transition_log_prob
 from rlhf.policies.base import Condition, Policy
-from rlhf.types import Trajectory
+from rlhf.types import Field, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Sampler:
 
     steps: int = 10
     guidance: float = 1.0
-    kernel: Literal["ode", "flow-sde"] = "ode"
+    kernel: Kernel = "ode"
     noise_level: float = 0.7
     window: tuple[int, int] = (0, 0)
     height: int = 64
@@ -96,13 +96,15 @@ def sample(
     sources: Sequence[np.ndarray] = (),
     seeds: Sequence[int],
     slot: str = "train",
-    store: Form | None = None,
+    store: Sequence[Field] = (),
     train_guidance: float = 1.0,
 ) -> Sampled:
-    """Sample one picture per seed of one prompt. With `store`, the window's steps are kept.
+    """Sample one picture per seed of one prompt; `store` is what a loss `requires`.
 
-    `store` names the form of the old log-prob, which is taken under the policy at `train_guidance`.
+    With "trajectory" the window's steps are kept, and their log-probs under the policy at
+    `train_guidance`: those are the old ones.
     """
+    form = form_of(store)
     grid = sampler.schedule(policy)
     condition = policy.encode(text, sources)
     empty = policy.encode(negative, sources) if sampler.guidance > 1 else None
@@ -110,7 +112,7 @@ def sample(
     shape = policy.latent_shape(sampler.size)
     starts = [seeds[0]] * len(seeds) if sampler.shared_noise else list(seeds)
     x = torch.stack([noise.initial_noise(s, shape) for s in starts])
-    kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]] = []
+    kept: list[dict[str, Tensor]] = []
     cosines = []
     for index in range(grid.n_steps):
         v_c, v_u = field(x, grid.sigmas[index])
@@ -121,31 +123,25 @@ def sample(
         stochastic = index in grid.trained
         z = torch.stack([noise.step_noise(s, index, shape) for s in seeds]) if stochastic else None
         done = kernels.step(x, v, grid, index, z)
-        if stochastic and store:
+        if stochastic and form is not None:
             v_train = v_c if v_u is None else kernels.guide(v_c, v_u, train_guidance)
-            shift = (
-                kernels.guidance_shift(v, v_train, grid, index) if store == "recentred" else None
-            )
-            logp = transition_log_prob(v_train, x, done.next, grid, index, store, shift)
-            kept.append((index, x, done.next, logp, shift))
+            shift = kernels.guidance_shift(v, v_train, grid, index) if "shift" in store else None
+            logp = transition_log_prob(v_train, x, done.next, grid, index, form, shift)
+            step = {"x_KGNC": x, "next_KGNC": done.next, "logp_KG": logp}
+            step |= {} if shift is None else {"shift_KGNC": shift}
+            step |= {"velocity_KGNC": v_train.float()} if "velocity" in store else {}
+            kept.append(step)
         x = done.next
     return Sampled(
         x0_GNC=x,
         pixels=policy.decode(x, sampler.size),
         schedule=grid,
-        trajectory=_trajectory(kept) if kept else None,
+        trajectory=_trajectory(grid.trained, kept) if kept else None,
         forwards=len(x) * grid.n_steps * (2 if empty is not None else 1),
         guidance_cosine=float(torch.stack(cosines).mean()) if cosines else None,
     )
 
 
-def _trajectory(kept: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]) -> Trajectory:
-    index, x, after, logp, shift = zip(*kept, strict=True)
-    shifts = [s for s in shift if s is not None]
-    return Trajectory(
-        index_K=tuple(index),
-        x_KGNC=torch.stack(x),
-        next_KGNC=torch.stack(after),
-        logp_KG=torch.stack(logp),
-        shift_KGNC=torch.stack(shifts) if shifts else None,
-    )
+def _trajectory(index_K: Sequence[int], kept: list[dict[str, Tensor]]) -> Trajectory:
+    stacks = {name: torch.stack([step[name] for step in kept]) for name in kept[0]}
+    return Trajectory(index_K=tuple(index_K), **stacks)

@@ -54,7 +54,7 @@ class Schedule:
                 "indices count steps from the noise end, negative ones are not accepted"
             )
         noisy = self.noise_level > 0.0 and index in self.trained
-        row = TABLE[self.kernel if noisy else "ode"]
+        row = TABLE[self.kernel if noisy else "ode"].coefficients
         return row(self.sigmas[index], self.sigmas[index + 1], self.s_max, self.noise_level)
 
 
@@ -104,17 +104,21 @@ def _check_ode(schedule: Schedule) -> None:
 
 
 def _check_stochastic(schedule: Schedule) -> None:
+    row = TABLE[schedule.kernel]
     start, stop = schedule.window
-    if not schedule.noise_level > 0.0:  # also catches NaN
+    if not 0.0 < schedule.noise_level <= row.highest:  # also catches NaN
+        limit = "" if math.isinf(row.highest) else f" and at most {row.highest:g}"
         raise ConfigError(
-            f"expected noise_level > 0 with kernel {schedule.kernel!r}, got "
+            f"expected noise_level > 0{limit} with kernel {schedule.kernel!r}, got "
             f"{schedule.noise_level}: write 0.7, or kernel 'ode'"
         )
-    if not 0 <= start < stop <= schedule.n_steps - 1:
+    if not 0 <= start < stop <= schedule.n_steps - row.tail:
+        last = "last step is" if row.tail == 1 else f"last {row.tail} steps are"
         raise ConfigError(
-            f"expected a window 0 <= start < stop <= {schedule.n_steps - 1} of the "
-            f"{schedule.n_steps} steps, got {schedule.window}: the last step is never trained "
-            "(its noise is so small that rounding alone moves the log-prob past any clip range)"
+            f"expected a window 0 <= start < stop <= {schedule.n_steps - row.tail} of the "
+            f"{schedule.n_steps} steps, got {schedule.window}: the {last} never trained with "
+            f"kernel {schedule.kernel!r} (so little noise is left that rounding alone moves the "
+            "log-prob past any clip range)"
         )
     for index in schedule.trained:
         q = schedule.coefficients(index).q

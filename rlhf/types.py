@@ -73,6 +73,7 @@ class Trajectory:
     next_KGNC: Float[Tensor, "k g n c"]
     logp_KG: Float[Tensor, "k g"]  # unguided, nats per latent dimension; see `kernels.log_prob`
     shift_KGNC: Float[Tensor, "k g n c"] | None = None  # guidance shift mu_guided - mu_conditional
+    velocity_KGNC: Float[Tensor, "k g n c"] | None = None  # the unguided one, of the old weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,8 @@ class Advantages:
     live_PG: Bool[Tensor, "p g"]
 
 
-Field = Literal["x0", "trajectory", "shift"]
+# What a loss asks rollouts to hold. x0 is always there; `shift` makes the log-prob a recentred one.
+Field = Literal["x0", "trajectory", "shift", "velocity"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

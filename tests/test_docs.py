@@ -36,6 +36,7 @@ PAGES = (
     "reward_data.md",
     "reward_models.md",
     "reward_benchmark.md",
+    "algorithms.md",
 )
 
 
@@ -87,3 +88,17 @@ def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             name = next(w for w in words if w.startswith("name=")).removeprefix("name=")
             assert (tmp_path / "runs" / name / "report.html").is_file()
     assert ran >= 1
+
+
+def test_every_trap_is_listed_and_the_tests_it_names_exist() -> None:
+    page = (DOCS / "traps.md").read_text()
+    rows = re.findall(r"^\| ([TQS]\d+) \| (.*)$", page, flags=re.M)
+    names = [
+        f"{kind}{i}" for kind, last in (("T", 30), ("Q", 9), ("S", 8)) for i in range(1, last + 1)
+    ]
+    assert [name for name, _ in rows] == names
+    for name, row in rows:
+        nodes = re.findall(r"`(tests/\S+)::(\w+)`", row)
+        assert nodes, f"{name} names no test"
+        for path, test in nodes:
+            assert f"def {test}(" in (DOCS.parent / path).read_text(), f"{name}: {path}::{test}"

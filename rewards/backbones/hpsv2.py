@@ -105,8 +105,9 @@ def letterbox(image: UInt8[Any, "3 _ _"], side: int) -> Float[Tensor, "3 s s"]:
     if scale != 1.0:
         height, width = (round(length * scale) for length in image.shape[1:])
         pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-        top, left = (side - height) // 2, (side - width) // 2
-        pixels = F.pad(pixels, (left, side - width - left, top, side - height - top))
+    height, width = pixels.shape[1:]
+    top, left = (side - height) // 2, (side - width) // 2
+    pixels = F.pad(pixels, (left, side - width - left, top, side - height - top))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
     return (pixels - mean) / std
 

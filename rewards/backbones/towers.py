@@ -103,6 +103,9 @@ class Shape:
 class Towers(nn.Module):
     """`see` and `text_tokens` for heads; `embed` for scores by cosine."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, clip: nn.Module, tokenizer: Any, source: str = "", stage: int | None = None
     ) -> None:
@@ -132,17 +135,22 @@ class Towers(nn.Module):
             context=self.context,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.clip.parameters()).device
+
     # --- what goes in -----------------------------------------------------------------------------
 
     def pixels(self, images: Sequence[Picture]) -> Float[Tensor, "b 3 s s"]:
         """Pictures of any size as the image tower takes them."""
         same = np.stack([letterbox(image, self.side) for image in images])
-        batch = torch.from_numpy(same).to(self.mean.device, torch.float32) / 255  # type: ignore
+        batch = torch.from_numpy(same).to(self.device, torch.float32) / 255
         return (batch - self.mean) / self.std
 
     def tokens(self, texts: Sequence[str]) -> Int[Tensor, "b c"]:
         """Token ids, cut and padded to the context length."""
-        return self.tokenizer(list(texts)).to(self.mean.device)
+        return self.tokenizer(list(texts)).to(self.device)
 
     def truncated(self, text: str) -> bool:
         """Whether a prompt is longer than the text tower reads (only the cheap test is exact)."""

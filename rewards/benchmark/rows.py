@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -102,7 +103,7 @@ def _some(groups: Sequence[str], most: int | None) -> list[int]:
 
 def _row(judgement: Judgement) -> Row:
     """The judgement apart from what is known beside it; of that, judges see the target alone."""
-    known = dict(judgement.columns)
+    known: dict[str, Any] = dict(judgement.columns)
     gold, origin, target = (known.pop(name, None) for name in ("gold", "origin", "target"))
     try:
         values = tuple(float(value) for value in gold or ())

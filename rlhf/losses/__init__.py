@@ -1,43 +1,47 @@
-"""The alignment losses, by the name a config uses. One file per algorithm."""
+"""The alignment losses. One file per algorithm; `table` names them and what goes together."""
 
-from collections.abc import Mapping
-
+from rlhf.losses.awm import awm
 from rlhf.losses.base import (
     Form,
     Loss,
     LossTerms,
+    Noised,
+    Transitions,
+    form_of,
     keep_live,
     summarise,
     transition_log_prob,
-    velocity_kl,
 )
+from rlhf.losses.dppo import dppo
 from rlhf.losses.grpo import grpo
+from rlhf.losses.guard import guard
+from rlhf.losses.kl import added, penalty, transition_weight, velocity_kl
 from rlhf.losses.nft import nft, noised
-
-LOSSES: Mapping[str, Loss] = {
-    "grpo": Loss(
-        name="grpo", requires=("trajectory",), kernels=("flow-sde",), function=grpo, form="plain"
-    ),
-    "grpo-recentred": Loss(
-        name="grpo-recentred",
-        requires=("trajectory", "shift"),
-        kernels=("flow-sde",),
-        function=grpo,
-        form="recentred",
-    ),
-    "nft": Loss(name="nft", requires=("x0",), kernels=("ode", "flow-sde"), function=nft),
-}
+from rlhf.losses.table import LOSSES, Choice, LossConfig, check_choice, kernels_of
 
 __all__ = [
     "LOSSES",
+    "Choice",
     "Form",
     "Loss",
+    "LossConfig",
     "LossTerms",
+    "Noised",
+    "Transitions",
+    "added",
+    "awm",
+    "check_choice",
+    "dppo",
+    "form_of",
     "grpo",
+    "guard",
     "keep_live",
+    "kernels_of",
     "nft",
     "noised",
+    "penalty",
     "summarise",
     "transition_log_prob",
+    "transition_weight",
     "velocity_kl",
 ]

@@ -1,4 +1,5 @@
-"""What the losses share: their terms, how terms of micro-batches add up, masking, log-prob forms.
+"""What the losses share: their inputs and terms, how terms of micro-batches add up, masking,
+log-prob forms, the clipped ratio.
 
 Every loss is a pure function of named tensors over one or more whole groups, weighted per sample
 with `weight_G` = live / (live samples in the whole iteration), so the loss of an iteration is the
@@ -12,14 +13,13 @@ to save (0 * NaN is NaN in a backward pass): give those `keep_live(x, weight)` a
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf import kernels
-from rlhf.coefficients import Kernel
 from rlhf.schedule import Schedule
 from rlhf.types import Field
 
@@ -36,14 +36,54 @@ class LossTerms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transitions:
+    """What a ratio loss sees: K trained steps of the rollouts of a group."""
+
+    logp_KG: Float[Tensor, "k g"]
+    old_logp_KG: Float[Tensor, "k g"]
+    kl_old_KG: Float[Tensor, "k g"] | None  # exact KL to the old policy's transition, with gradient
+    q_K: Float[Tensor, " k"]  # std of each step
+    h_K: Float[Tensor, " k"]  # length of each step in sigma
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noised:
+    """What a forward-process loss sees: final latents noised afresh, and velocities there."""
+
+    v_theta: Float[Tensor, "g *dims"]
+    v_old: Float[Tensor, "g *dims"]
+    x_s: Float[Tensor, "g *dims"]
+    x0: Float[Tensor, "g *dims"]
+    eps: Float[Tensor, "g *dims"]
+    sigma_G: Float[Tensor, " g"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """An algorithm: what rollouts must hold for it, the kernels it is defined for, its function."""
+    """An algorithm: what rollouts must hold for it, and its function.
+
+    `function(Transitions or Noised, advantage_G, weight_G, LossConfig)`. `clip` is the published
+    range. `lagged`: rollouts use a running average of the weights; else what was trained last.
+    """
 
     name: str
+    source: str  # arXiv id
     requires: tuple[Field, ...]
-    kernels: tuple[Kernel, ...]  # the first one is the default
     function: Callable[..., LossTerms]
-    form: Form | None = None  # how its log-prob is taken; None for losses without one
+    clip: float = math.inf
+    lagged: bool = False
+
+    @property
+    def form(self) -> Form | None:
+        """How its log-prob is taken; None for losses without one."""
+        return form_of(self.requires)
+
+
+def form_of(requires: Sequence[Any]) -> Form | None:
+    """The form of log-prob of what rollouts are asked to hold."""
+    if "trajectory" not in requires:
+        return None
+    return "recentred" if "shift" in requires else "plain"
 
 
 def summarise(terms: Sequence[LossTerms]) -> dict[str, float]:
@@ -104,14 +144,53 @@ def transition_log_prob(
     return kernels.log_prob(scored, replayed.mean, replayed.q)
 
 
-def velocity_kl(
-    v: Float[Tensor, "g *dims"], v_ref: Float[Tensor, "g *dims"], weight_G: Float[Tensor, " g"]
-) -> Float[Tensor, ""]:
-    """sum_G weight bar((v - v_ref)^2), a KL that does not change with the grid."""
-    d = keep_live(v.float(), weight_G) - keep_live(v_ref.float().detach(), weight_G)
-    return (weight_G * d.square().flatten(1).mean(dim=1)).sum()
+def clipped(
+    log_ratio_KG: Float[Tensor, "k g"],
+    advantage_G: Float[Tensor, " g"],
+    low: float,
+    high: float,
+) -> Float[Tensor, "k g"]:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)) with rho = exp(log_ratio): the pessimistic one
+    of the two surrogates (PPO, arXiv:1707.06347). The inputs hold live samples only.
+    """
+    ratio = log_ratio_KG.exp()
+    held = ratio.clamp(1.0 - low, 1.0 + high)
+    return torch.maximum(-advantage_G * ratio, -advantage_G * held)
+
+
+def ratio_metrics(
+    log_ratio_KG: Float[Tensor, "k g"],
+    weight_G: Float[Tensor, " g"],
+    low: float = math.inf,
+    high: float = math.inf,
+) -> dict[str, Tensor]:
+    """`ratio/mean`, `ratio/square_dev`, `clip/low`, `clip/high` (shares of ratios outside the
+    range, whatever the sign of A) over live samples.
+    """
+    r = log_ratio_KG.detach().double().exp()
+    return {
+        "ratio/mean": weighted(r.mean(dim=0), weight_G),
+        "ratio/square_dev": weighted((r - 1.0).square().mean(dim=0), weight_G),
+        "clip/low": weighted((r < 1.0 - low).double().mean(dim=0), weight_G),
+        "clip/high": weighted((r > 1.0 + high).double().mean(dim=0), weight_G),
+    }
+
+
+def largest(log_ratio_KG: Float[Tensor, "k g"]) -> dict[str, Tensor]:
+    """`ratio/max_dev` = max |L_theta - L_old|."""
+    return {"ratio/max_dev": log_ratio_KG.detach().double().abs().max()}
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def weighted(value_G: Tensor, weight_G: Tensor) -> Tensor:
     """sum_G weight value, detached float64: one metric."""
     return (weight_G.detach().double() * value_G.detach().double()).sum()
+
+
+def per_sample(value_G: Tensor, like: Tensor) -> Tensor:
+    """(G,) shaped to multiply a (G, ...) tensor, at least float32."""
+    return wide(value_G).reshape(-1, *[1] * (like.ndim - 1))

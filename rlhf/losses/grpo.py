@@ -10,11 +10,10 @@ Differs from the paper:
 3. Samples that are not live have weight 0 instead of being dropped, so shapes never change.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.losses.base import LossTerms, keep_live, weighted
+from rlhf.losses.base import LossTerms, clipped, keep_live, largest, ratio_metrics, wide
 
 
 def grpo(
@@ -27,25 +26,13 @@ def grpo(
 ) -> LossTerms:
     """Mean over the K trained steps, weighted sum over samples. Clip ranges: distances from 1.
 
-    Metrics over live samples: `ratio/mean`, `ratio/square_dev`, `clip/low`, `clip/high` (shares of
-    ratios outside the range, whatever the sign of A); maximum: `ratio/max_dev` = max |L_theta -
-    L_old|.
+    Metrics: those of `ratio_metrics`; maximum: `ratio/max_dev`.
     """
-    advantage = keep_live(advantage_G.float(), weight_G)
-    log_ratio = keep_live(logp_KG.float() - old_logp_KG.float().detach(), weight_G, axis=1)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    per_step = torch.maximum(-advantage * ratio, -advantage * clipped)
-    loss = (weight_G * per_step.mean(dim=0)).sum()
-
-    r = ratio.detach().double()
+    advantage = keep_live(wide(advantage_G), weight_G)
+    log_ratio = keep_live(wide(logp_KG) - wide(old_logp_KG).detach(), weight_G, axis=1)
+    per_step = clipped(log_ratio, advantage, clip_low, clip_high)
     return LossTerms(
-        loss=loss,
-        metrics={
-            "ratio/mean": weighted(r.mean(dim=0), weight_G),
-            "ratio/square_dev": weighted((r - 1.0).square().mean(dim=0), weight_G),
-            "clip/low": weighted((r < 1.0 - clip_low).double().mean(dim=0), weight_G),
-            "clip/high": weighted((r > 1.0 + clip_high).double().mean(dim=0), weight_G),
-        },
-        maxima={"ratio/max_dev": log_ratio.detach().double().abs().max()},
+        loss=(weight_G * per_step.mean(dim=0)).sum(),
+        metrics=ratio_metrics(log_ratio, weight_G, clip_low, clip_high),
+        maxima=largest(log_ratio),
     )

@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pipelines.cli import main
 from rlhf import checkpoint, config
 from rlhf.errors import ConfigError
+from rlhf.losses import LOSSES
 from rlhf.plan import Config, Plan
 from tests.rlhf.tiny import arguments, judge_spec
 
@@ -106,8 +108,28 @@ BAD = {
     "guided evaluation below one": (("evaluation.guidance=0.2",), "guidance: expected 1"),
     "unknown loss": (("loss.name=ppo",), "loss.name: expected one of"),
     "ratio loss on an ode": (("loss.name=grpo",), "write rollout.kernel=flow-sde"),
+    "guard on cps": (
+        ("loss.name=guard", "rollout.kernel=cps", "rollout.window=[0,1]"),
+        "loss.name guard is not defined here (kernel cps): it divides by the time step",
+    ),
+    "a gaussian kl of a forward loss": (
+        ("loss.kl=0.1", "loss.kl_form=gaussian"),
+        "write loss.kl_form=velocity",
+    ),
+    "replay of a forward loss": (("loss.old_logp=replay",), "no log-prob that could be computed"),
+    "kl to an average that is not kept": (("loss.kl_ema=0.1",), "write ema=0.99"),
+    "evaluation of an average that is not kept": (("evaluation.slot=ema",), "write ema=0.99"),
+    "a decay of one": (("ema=1.0",), "ema: expected a decay"),
+    "more noise than there is": (
+        ("loss.name=grpo", "rollout.kernel=cps", "rollout.window=[0,1]", "rollout.noise_level=1.2"),
+        "at most 1 with kernel 'cps'",
+    ),
     "ratio loss without a trajectory": (GRPO, "needs stored stochastic steps"),
     "window over the last step": ((*GRPO, "rollout.window=[0,4]"), "stop before the last"),
+    "cps over the last two steps": (
+        (*GRPO, "rollout.kernel=cps", "rollout.window=[0,3]"),
+        "stop before the last 2 of 4 steps",
+    ),
     "forward loss with a bad window": (
         ("rollout.kernel=flow-sde", "rollout.window=[2,1]"),
         "expected a window",
@@ -198,6 +220,34 @@ def test_another_model_class_is_refused(tiny_base, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_forward_losses_are_refused_on_a_base_with_noise_levels_of_its_own(
+    tiny_base, tmp_path, capsys
+):
+    other = tmp_path / "turbo"
+    shutil.copytree(tiny_base, other)
+    index = other / "model_index.json"
+    levels = {"sample_sigmas": [1.0, 0.9, 0.7, 0.4]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | levels))
+    code, text = fails(capsys, arguments(tiny_base, tmp_path, f"policy.model={other}"))
+    assert code == 2 and "distilled to a few noise levels" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tiny_base, tmp_path, capsys):
+    slots = []
+    more = ("ema=0.9", "evaluation.slot=ema", "iterations=2")
+    assert main(arguments(tiny_base, tmp_path, *more)) == 0
+    run = tmp_path / "runs" / "tiny"
+    kept = checkpoint.load(checkpoint.latest(run)).tensors
+    exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
+    for slot in ("train", "ema"):
+        slots.append({n.replace(".default", ""): t for n, t in kept[f"slots/{slot}"].items()})
+    train, ema = ({f"transformer.{n}": t for n, t in slot.items()} for slot in slots)
+    assert exported.keys() == ema.keys()
+    assert all(torch.equal(exported[n], ema[n]) for n in ema)
+    assert not all(torch.equal(exported[n], train[n]) for n in train)
+
+
 def test_a_damaged_model_is_refused(tiny_base, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
@@ -264,14 +314,16 @@ def test_guided_training_of_equally_guided_rollouts_is_allowed():
 
 def test_every_loss_is_asked_for_what_it_requires():
     window = ("rollout.kernel=flow-sde", "rollout.window=[0,2]")
-    for name, form in (("grpo", "plain"), ("grpo-recentred", "recentred")):
+    for name, loss in LOSSES.items():
+        if loss.form is None:
+            continue
         with pytest.raises(ConfigError):
             build(f"loss.name={name}")
         made = build(f"loss.name={name}", *window, "prompts.count=12")
         from rlhf.prompts import load_prompts
 
         request = Plan.of(made, load_prompts(made.prompts)).request(1)
-        assert request.store == form and request.train_guidance == 1.0
+        assert request.store == loss.requires and request.train_guidance == 1.0
     assert build("loss.name=nft").loss.loss.form is None
 
 

@@ -25,6 +25,11 @@ LOSSES = {
         "loss.name=grpo-recentred", "loss.old_logp=replay", "loss.updates_per_rollout=3",
         "rollout.kernel=flow-sde", "rollout.window=[0,2]",
     ),
+    "guard with two kls": (
+        "loss.name=guard", "loss.kl=0.1", "loss.kl_ema=0.1", "loss.kl_form=gaussian", "ema=0.9",
+        "rollout.kernel=dance", "rollout.window=[0,2]",
+    ),
+    "awm": ("loss.name=awm", "loss.kl=0.1"),
     "uncached": ("rollout.cached_prefix=false",),
 }  # fmt: skip
 
@@ -38,8 +43,12 @@ def settings(base, *more):
     )  # fmt: skip
 
 
+def small(base, *more, **fields) -> bench.StepConfig:
+    return bench.StepConfig(align="align/hybrid", overrides=settings(base, *more), **fields)
+
+
 def target(base, *more) -> Config:
-    return bench.StepConfig(overrides=settings(base, *more)).target()
+    return small(base, *more).target()
 
 
 def rows_through(module, work):
@@ -94,7 +103,7 @@ def test_the_count_is_what_the_learner_runs_and_what_is_timed_bare(tiny_base, na
 def test_the_figures_of_a_step(tiny_base, tmp_path):
     out = tmp_path / "step.json"
     config = bench.StepConfig(
-        overrides=settings(tiny_base), repeats=2, overhead=False, out=str(out)
+        align="align/hybrid", overrides=settings(tiny_base), repeats=2, overhead=False, out=str(out)
     )
     result = bench.step(config)
     assert json.loads(out.read_text()) == result
@@ -156,7 +165,7 @@ def test_a_pool_gives_every_item_to_one_worker_and_errors_come_back(ray_head):
 @pytest.mark.slow
 def test_ray_is_compared_with_this_process(tiny_base, ray_head):
     more = ("cluster.kind=ray", "cluster.rollout_workers=1")
-    config = bench.StepConfig(overrides=settings(tiny_base, *more), repeats=1)
+    config = small(tiny_base, *more, repeats=1)
     value = {n: m["value"] for n, m in bench.step(config)["metrics"].items()}
     ratio = value["bench/ray_seconds"] / value["bench/local_seconds"]
     assert value["bench/ray_overhead"] == pytest.approx(ratio - 1)

@@ -1,5 +1,6 @@
 """`rlhf reward collect` and `rlhf reward train`, at the smallest size."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -108,6 +109,31 @@ def test_a_second_collection_is_the_same_and_never_overwrites(judgements, made, 
     assert all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(first, third, strict=True))
     with pytest.raises(ConfigError, match="holds judgements"):
         collect(again)
+
+
+def test_an_edit_under_another_instruction_pleases_nobody(tmp_path):
+    swapped = CollectConfig(
+        out=str(tmp_path / "swapped"),
+        shares={"edits": 1.0},
+        drawn={"train": 4},
+        sampled={},
+        per_prompt=3,
+        canaries=0.0,
+        swapped=1.0,
+        workers=1,
+    )
+    collect(swapped)
+    rows = load_judgements(tmp_path / "swapped", "train", "instruction")
+    groups = {r.group: [] for r in rows}
+    for row in rows:
+        if row.kind == "point":
+            groups[row.group].append(row)
+    assert len(groups) == 8  # each edit, and the same pictures under other words
+    low = [np.mean([r.ratings[0] for r in found]) for found in groups.values()]
+    assert max(low[::2]) < 4 and np.mean(low[::2]) < np.mean(low[1::2]) - 0.5
+    for first, second in itertools.pairwise(list(groups.values())):
+        if np.array_equal(first[0].sources[0], second[0].sources[0]):
+            assert first[0].prompt != second[0].prompt
 
 
 # --- train ----------------------------------------------------------------------------------------

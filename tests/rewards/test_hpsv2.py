@@ -95,7 +95,7 @@ def test_golden_scores_of_the_published_package(tmp_path):
     with torch.no_grad():
         for k, (name, part) in enumerate(sorted(model.named_parameters())):
             wave = 0.2 * np.sin((1.1 + 0.37 * k) * np.arange(part.numel()) + k)
-            part.copy_(torch.from_numpy(wave.reshape(part.shape) + name.endswith(norms)))
+            part.copy_(torch.tensor(wave.reshape(part.shape) + name.endswith(norms)))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "waves.pt")
     judge = HpsJudge(tmp_path / "waves.pt", architecture="wave-hps")
     golden = {

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributions import Normal
 
+from rewards import images
 from rlhf import kernels, noise
 from rlhf.alignment import AlignmentLearner, LossConfig
 from rlhf.errors import ConfigError, ReplayMismatch
-from rlhf.losses import LOSSES, transition_log_prob
+from rlhf.losses import LOSSES, kernels_of, transition_log_prob
 from rlhf.rollout import RolloutWorker
 from rlhf.types import Advantages, Trajectory
-from tests.rlhf.tiny import alignment, make_policy, request, same, sampler, shake, snapshot
+from tests.rlhf.tiny import alignment, make_policy, picture, request, same, sampler, shake, snapshot
 
-RATIO = ("grpo", "grpo-recentred")
+RATIO = tuple(name for name, loss in LOSSES.items() if loss.form)
 GROUPS, SIZE = 2, 4
 
 
@@ -21,19 +23,21 @@ class Pair:
     """A learner and a rollout worker with policies of their own, as in a cluster."""
 
     def __init__(self, base, loss, guidance=3.0, worker_dtype="float32", cached=True, **changes):
+        how = {key: changes.pop(key) for key in ("kernel",) if key in changes}
         policy = make_policy(base)
         shake(policy)
         self.learner = AlignmentLearner(policy, alignment(loss, **changes))
         self.worker = RolloutWorker(make_policy(base, dtype=worker_dtype))
         self.loss = LOSSES[loss]
-        self.sampler = sampler(loss, guidance=guidance, cached_prefix=cached)
+        self.sampler = sampler(loss, guidance=guidance, cached_prefix=cached, **how)
 
     def roll(self, iteration=1):
         handover = self.learner.publish("behaviour")
         self.worker.bind(handover)
         guidance = self.learner.config.train_guidance
         asked = replace(
-            request(iteration, self.sampler, self.loss.form, GROUPS, SIZE), train_guidance=guidance
+            request(iteration, self.sampler, self.loss.requires, GROUPS, SIZE),
+            train_guidance=guidance,
         )
         return [self.worker.rollout(ref, asked) for ref in asked.refs(handover.version)]
 
@@ -52,7 +56,7 @@ def advantages(live=None):
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "whole"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("loss", RATIO)
+@pytest.mark.parametrize("loss", ["grpo", "guard"])
 def test_replay_at_the_rollouts_geometry_is_bit_equal(tiny_base, loss, guidance, cached):
     pair = Pair(tiny_base, loss, guidance, cached=cached)
     policy = pair.learner.policy
@@ -72,6 +76,7 @@ def test_replay_at_the_rollouts_geometry_is_bit_equal(tiny_base, loss, guidance,
             assert torch.equal(logp, t.logp_KG[j])
         assert torch.equal(t.x_KGNC[1], t.next_KGNC[0])
         assert (t.shift_KGNC is not None) == ("shift" in pair.loss.requires)
+        assert (t.velocity_KGNC is not None) == ("velocity" in pair.loss.requires)
 
 
 def test_sampling_is_repeatable_from_the_seeds(tiny_base):
@@ -96,15 +101,22 @@ def test_a_step_of_the_rollout_is_the_kernel_at_the_recorded_noise(tiny_base):
     assert torch.equal(done.next, t.next_KGNC[0])
 
 
-@pytest.mark.parametrize("guidance, train", [(1.0, 1.0), (3.0, 1.0), (3.0, 3.0)])
-@pytest.mark.parametrize("loss", RATIO)
-def test_the_first_ratio_is_one_at_the_training_geometry(tiny_base, loss, guidance, train):
-    pair = Pair(tiny_base, loss, guidance, train_guidance=train)
+CASES = [
+    *(("grpo", "flow-sde", *w) for w in ((1.0, 1.0), (3.0, 3.0))),
+    *(("guard", "flow-sde", *w) for w in ((1.0, 1.0), (3.0, 3.0))),
+    *((loss, kernel, 3.0, 1.0) for loss in RATIO for kernel in kernels_of(LOSSES[loss])),
+]
+
+
+@pytest.mark.parametrize("loss, kernel, guidance, train", CASES)
+def test_the_first_ratio_is_one_at_the_training_geometry(tiny_base, loss, kernel, guidance, train):
+    pair = Pair(tiny_base, loss, guidance, train_guidance=train, kernel=kernel)
     before = pair.train()
     for iteration in (1, 2):
         metrics = pair.learner.update(pair.roll(iteration), advantages()).metrics
         assert metrics["ratio/first_max_dev"] <= 1e-6
         assert metrics["ratio/max_dev"] > 1e-6  # the second update is at other weights
+        assert metrics.get("kl/old", 1.0) > 0
     assert not same(before, pair.train())
 
 
@@ -130,11 +142,12 @@ def test_another_dtype_than_the_rollouts_is_noticed_and_replay_mode_bridges_it(t
             assert metrics["ratio/first_max_dev"] <= 1e-6
 
 
-def test_replay_mode_trains_as_the_stored_log_probs_do(tiny_base):
+@pytest.mark.parametrize("loss", ["grpo", "guard", "dppo"])
+def test_replay_mode_trains_as_the_stored_log_probs_do(tiny_base, loss):
     """The old log-prob is of the weights before the first update, also at the later ones."""
     ends = []
     for mode in ("rollout", "replay"):
-        pair = Pair(tiny_base, "grpo", old_logp=mode, updates_per_rollout=3)
+        pair = Pair(tiny_base, loss, old_logp=mode, updates_per_rollout=3)
         for iteration in (1, 2):
             metrics = pair.learner.update(pair.roll(iteration), advantages()).metrics
         ends.append((pair.train(), metrics["ratio/mean"]))
@@ -143,12 +156,30 @@ def test_replay_mode_trains_as_the_stored_log_probs_do(tiny_base):
         assert (tensor - ends[1][0][name]).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("loss", ["grpo", "guard"])
+def test_log_probs_of_edits_are_computed_again_with_their_source(tiny_base, tmp_path, loss):
+    """Another picture behind the same path is another policy: noticed before anything is learnt."""
+    source = tmp_path / "source.png"
+    images.save_png(source, picture(1, 64, 64))
+    pair = Pair(tiny_base, loss)
+    asked = request(1, pair.sampler, pair.loss.requires, GROUPS, SIZE)
+    asked = replace(asked, prompts=tuple(replace(p, sources=(str(source),)) for p in asked.prompts))
+    handover = pair.learner.publish("behaviour")
+    pair.worker.bind(handover)
+    got = [pair.worker.rollout(ref, asked) for ref in asked.refs(handover.version)]
+    images.save_png(source, picture(2, 64, 64))
+    with pytest.raises(ReplayMismatch):
+        pair.learner.update(got, advantages())
+    images.save_png(source, picture(1, 64, 64))
+    assert pair.learner.update(got, advantages()).metrics["ratio/first_max_dev"] <= 1e-6
+
+
 # --- w = 1 ----------------------------------------------------------------------------------------
 
 
 def test_unguided_plain_recentred_and_ordinary_are_one(tiny_base):
     ends, stored = [], []
-    for loss in RATIO:
+    for loss in ("grpo", "grpo-recentred"):
         pair = Pair(tiny_base, loss, guidance=1.0)
         got = pair.roll()
         assert all(r.stats["nfe"] == SIZE * pair.sampler.steps for r in got)  # no second branch
@@ -161,7 +192,7 @@ def test_unguided_plain_recentred_and_ordinary_are_one(tiny_base):
 
 def test_guided_forms_differ_and_count_both_branches(tiny_base):
     logps = []
-    for loss in RATIO:
+    for loss in ("grpo", "grpo-recentred"):
         pair = Pair(tiny_base, loss, guidance=3.0)
         got = pair.roll()[0]
         assert got.stats["nfe"] == 2 * SIZE * pair.sampler.steps
@@ -194,6 +225,7 @@ def spoil(rollouts, live, value):
                 next_KGNC=fill(t.next_KGNC, 1),
                 logp_KG=fill(t.logp_KG, 1),
                 shift_KGNC=None if t.shift_KGNC is None else fill(t.shift_KGNC, 1),
+                velocity_KGNC=None if t.velocity_KGNC is None else fill(t.velocity_KGNC, 1),
             )
         out.append(
             replace(one, x0_GNC=fill(one.x0_GNC, 0), pixels=fill(one.pixels, 0), trajectory=t)
@@ -201,14 +233,15 @@ def spoil(rollouts, live, value):
     return out
 
 
-@pytest.mark.parametrize("value", [NAN, INF, 3.0], ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
+SPOILT = [*((loss, NAN) for loss in LOSSES), ("nft", INF), ("grpo", INF), ("guard", 3.0)]
+
+
+@pytest.mark.parametrize("loss, value", SPOILT)
 def test_what_is_not_live_changes_no_weight(tiny_base, loss, value):
     live = torch.tensor([[True, False, True, True], [False, True, True, False]])
     ends = []
     for spoiled in (False, True):
-        kl = {"kl": 0.1} if loss == "nft" else {}
-        pair = Pair(tiny_base, loss, updates_per_rollout=3, **kl)
+        pair = Pair(tiny_base, loss, updates_per_rollout=3, kl=0.1, kl_ema=0.1, ema=0.5)
         for iteration in (1, 2):
             got, judged = pair.roll(iteration), advantages(live)
             if spoiled:
@@ -216,8 +249,8 @@ def test_what_is_not_live_changes_no_weight(tiny_base, loss, value):
                 judged = replace(judged, value_PG=torch.where(live, judged.value_PG, value))
             report = pair.learner.update(got, judged)
             assert torch.isfinite(torch.tensor(report.metrics["grad_norm"]))
-        ends.append((pair.train(), snapshot(pair.learner.policy, "behaviour")))
-    assert same(ends[0][0], ends[1][0]) and same(ends[0][1], ends[1][1])
+        ends.append([snapshot(pair.learner.policy, s) for s in ("train", "behaviour", "ema")])
+    assert all(same(*pair) for pair in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -258,7 +291,7 @@ def test_nothing_live_changes_nothing_even_with_momentum(tiny_base, loss):
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 def test_what_is_frozen_is_byte_identical_after_training(tiny_base, loss):
-    pair = Pair(tiny_base, loss, **({"kl": 0.1} if loss == "nft" else {}))
+    pair = Pair(tiny_base, loss, kl=0.1)
     policy = pair.learner.policy
     parts = (policy.pipeline.vae, policy.pipeline.text_encoder, policy.transformer)
 
@@ -322,22 +355,111 @@ def test_each_update_of_a_rollout_is_an_optimiser_step_and_draws_its_own_noise(t
     assert not same(ends[1], ends[2]) and not same(ends[2], ends[3])
 
 
+# --- held near other weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["velocity", "gaussian"])
+def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(tiny_base, form):
+    """Against torch.distributions, on the rollouts the loss saw."""
+    pair = Pair(tiny_base, "grpo", kl=0.1, kl_form=form, updates_per_rollout=1)
+    got, policy, want = pair.roll(), pair.learner.policy, 0.0
+    for one in got:
+        t, grid = one.trajectory, one.schedule
+        condition = policy.encode(one.ref.prompt.text)
+        for x, index in zip(t.x_KGNC, t.index_K, strict=True):
+            level, size = torch.full((SIZE,), grid.sigmas[index]), (64, 64)
+            with torch.no_grad():
+                v = policy.velocity(x, level, condition, size=size)
+                ref = policy.velocity(x, level, condition, size=size, slot="reference")
+            per_dim = (v - ref).double().square()
+            if form == "gaussian":
+                zero = torch.zeros_like(x)
+                mean, other = (kernels.step(x, w, grid, index, noise=zero).mean for w in (v, ref))
+                q = grid.coefficients(index).q
+                normals = (Normal(m.double(), q) for m in (mean, other))
+                per_dim = torch.distributions.kl_divergence(*normals)
+            want += float(per_dim.mean()) / (GROUPS * 2)
+    metrics = pair.learner.update(got, advantages()).metrics
+    assert metrics["kl/reference"] == pytest.approx(want, rel=1e-4) and want > 0
+
+
+@pytest.mark.parametrize("form", ["velocity", "gaussian"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_kl_alone_pulls_the_weights_back(tiny_base, loss, form):
+    """Without advantages the penalty is the whole gradient; turned round, it would drive away."""
+    if form == "gaussian" and LOSSES[loss].form is None:
+        return  # not defined
+    pair = Pair(tiny_base, loss, kl=10.0, kl_form=form, updates_per_rollout=4, lr=1e-3)
+    still = replace(advantages(), value_PG=torch.zeros(GROUPS, SIZE))
+    rows = [pair.learner.update(pair.roll(i), still).metrics for i in (1, 2, 3)]
+    assert rows[0]["grad_norm"] > 0
+    assert rows[2]["kl/velocity"] < 0.9 * rows[0]["kl/velocity"]
+
+
+def test_the_running_average_follows_the_weights_update_by_update(tiny_base):
+    pair = Pair(tiny_base, "nft", updates_per_rollout=1, ema=0.25)
+    slots = pair.learner.policy.slots
+    assert same(slots.tensors("ema"), slots.tensors("train"))
+    for iteration in (1, 2, 3, 4):
+        before = snapshot(pair.learner.policy, "ema")
+        pair.learner.update(pair.roll(iteration), advantages())
+        train, after = slots.tensors("train"), slots.tensors("ema")
+        kept = min(0.25, (1 + iteration) / (10 + iteration))
+        for name, value in before.items():
+            want = kept * value + (1 - kept) * train[name]
+            assert (after[name] - want).abs().max() <= 1e-6
+    assert kept == 0.25 and not same(train, after)
+    assert pair.learner.publish("ema").version.slot == "ema"
+
+
+def test_without_a_decay_there_is_no_average_and_none_is_held_near_it(tiny_base):
+    assert "ema" not in Pair(tiny_base, "nft").learner.policy.slots.names
+    pair = Pair(tiny_base, "awm", ema=0.9, kl_ema=1.0, updates_per_rollout=1)
+    first = pair.learner.update(pair.roll(1), advantages()).metrics
+    second = pair.learner.update(pair.roll(2), advantages()).metrics
+    assert first["kl/ema"] == 0.0 < second["kl/ema"]  # it starts as the weights themselves
+
+
+def test_rollouts_of_awm_are_of_what_was_just_trained(tiny_base):
+    pair = Pair(tiny_base, "awm")
+    metrics = pair.learner.update(pair.roll(), advantages()).metrics
+    slots = pair.learner.policy.slots
+    assert same(slots.tensors("behaviour"), slots.tensors("train"))
+    assert metrics["ratio/first_max_dev"] == 0.0 < metrics["ratio/max_dev"]
+
+
+def test_what_the_diagnostics_measure_is_nothing_at_the_reference_and_grows_away_from_it(tiny_base):
+    learner = AlignmentLearner(make_policy(tiny_base), alignment("nft"))
+    worker = RolloutWorker(make_policy(tiny_base))
+    handover = learner.publish("behaviour")
+    worker.bind(handover)
+    asked = request(1, sampler("nft"), (), 1, SIZE)
+    got = worker.rollout(asked.refs(handover.version)[0], asked)
+    at_start = learner._diagnostics(got)
+    assert at_start["norm/velocity_ratio"] == 1.0 and at_start["kl/velocity"] == 0.0
+    assert at_start["guidance/gap"] > 0
+    shake(learner.policy, size=0.2)
+    moved = learner._diagnostics(got)
+    assert moved["norm/velocity_ratio"] != 1.0 and moved["kl/velocity"] > 0
+    assert abs(moved["guidance/cosine"]) <= 1.0
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 @pytest.mark.parametrize("first_live", [True, False], ids=["trained", "nothing learnt yet"])
 def test_a_learner_continues_bit_for_bit_from_its_checkpoint(tiny_base, tmp_path, loss, first_live):
-    pair = Pair(tiny_base, loss)
+    pair = Pair(tiny_base, loss, ema=0.9)
     live = torch.full((GROUPS, SIZE), first_live)
     pair.learner.update(pair.roll(1), advantages(live))
     pair.learner.save(tmp_path, 1, 1, 0, None)
-    other = Pair(tiny_base, loss)
+    other = Pair(tiny_base, loss, ema=0.9)
     shake(other.learner.policy, seed=4)
     assert other.learner.load(tmp_path / "step_000001") == 1
     for one in (pair, other):
         one.learner.update(one.roll(2), advantages())
-    for slot in ("train", "behaviour", "reference"):
+    for slot in ("train", "behaviour", "reference", "ema"):
         assert same(*(snapshot(p.learner.policy, slot) for p in (pair, other)))
     assert same(*(p.learner.learner.state()[0] for p in (pair, other)))
 
@@ -360,7 +482,8 @@ def test_a_ratio_loss_without_a_trajectory_is_refused(tiny_base):
         (dict(sigma_span=(0.5, 0.5)), "sigma_span"),
         (dict(beta=0.0), "above 0"),
         (dict(lag_max=1.0), "lag_max < 1"),
-        (dict(name="grpo", kl=0.1), "loss.kl"),
+        (dict(kl=-0.1), "loss.kl"),
+        (dict(clip_low=0.0), "clip_low and clip_high above 0"),
     ],
     ids=str,
 )

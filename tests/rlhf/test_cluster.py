@@ -39,7 +39,7 @@ class Plan:
         return {"*": {judge_spec(name): 1.0 for name in self.judges}}
 
     def request(self, iteration):
-        store = LOSSES[self.loss].form
+        store = LOSSES[self.loss].requires
         return request(iteration, sampler(self.loss), store, groups=self.groups)
 
 

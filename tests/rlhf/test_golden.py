@@ -24,11 +24,26 @@ GOLDEN = {
         [0.4976969, -8.696318e-05, 0.0002916883],
         [0.4976695, -8.613616e-05, 0.0003920031],
     ],
+    "guard": [
+        [0.4985064, -0.000231415, 0.0004703053],
+        [0.4977014, -0.0002090186, 0.000686065],
+        [0.4976768, -0.0002073646, 0.000918486],
+    ],
+    "dppo": [
+        [0.4985064, -9.763241e-05, 0.0002017974],
+        [0.4976969, -8.691847e-05, 0.0002916836],
+        [0.4976695, -8.612871e-05, 0.0003919904],
+    ],
+    "awm": [
+        [0.4973768, -0.0001342744, 0.00140688],
+        [0.4983252, -9.210221e-05, 0.00166836],
+        [0.498305, -0.000117667, 0.002121607],
+    ],
 }
 COLUMNS = ("reward/total", "loss", "grad_norm")
 
 
-@pytest.mark.parametrize("loss", ["nft", "grpo", "grpo-recentred"])
+@pytest.mark.parametrize("loss", GOLDEN)
 def test_three_iterations_are_the_pinned_ones(tiny_base, loss):
     cluster = LocalCluster(recipe(tiny_base, loss))
     watch = Watch(cluster)

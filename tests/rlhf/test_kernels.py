@@ -3,15 +3,17 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
 from rlhf import kernels
+from rlhf.coefficients import TABLE
 from rlhf.noise import generator, initial_noise, step_noise
 from rlhf.schedule import Schedule, build, qwen_image21_sigmas, sd3_sigmas
 
 SIGMAS = sd3_sigmas(10, 3.0)
 SDE = build(SIGMAS, "flow-sde", 0.7, (0, 9))
+NOISY = {k: build(SIGMAS, k, 0.7, (0, 10 - row.tail)) for k, row in TABLE.items() if k != "ode"}
 GRIDS = {
     "sd3": SIGMAS,
     "sd3-40": sd3_sigmas(40, 3.0),
@@ -70,7 +72,45 @@ def test_coefficients_equal_their_closed_form(index):
     assert alpha * (1 - s) - gamma == pytest.approx(1 - SIGMAS[index + 1], rel=1e-12)
 
 
-@pytest.mark.parametrize("kernel", ["ode", "flow-sde"])
+@pytest.mark.parametrize("index", range(10))
+def test_dance_and_cps_equal_their_closed_forms(index):
+    a, s, s_next = 0.7, SIGMAS[index], SIGMAS[index + 1]
+    h, k = s - s_next, s_next * math.cos(a * math.pi / 2)
+    dance = (
+        1 - a**2 * h / (2 * s),
+        -h * (1 + a**2 * (1 - s) / (2 * s)),
+        a * math.sqrt(h),
+    )
+    cps = (1 - s_next + k, k * (1 - s) - s * (1 - s_next), s_next * math.sin(a * math.pi / 2))
+    for kernel, closed in (("dance", dance), ("cps", cps)):
+        assert kernels.coefficients(everywhere(kernel, a), index) == pytest.approx(closed, 1e-12)
+
+
+@pytest.mark.parametrize("kernel", TABLE)
+@pytest.mark.parametrize("index", range(10))
+def test_the_coefficient_of_the_picture_is_that_of_the_level(kernel, index):
+    s, s_next = SIGMAS[index], SIGMAS[index + 1]
+    alpha, gamma, q = kernels.coefficients(everywhere(kernel, 0.6), index)
+    assert alpha * (1 - s) - gamma == pytest.approx(1 - s_next, rel=1e-12)
+    noise = math.hypot(alpha * s + gamma, q)
+    if kernel in ("ode", "cps"):  # what coefficient-preserving sampling is called after
+        assert noise == pytest.approx(s_next, rel=1e-12, abs=1e-15)
+    elif index < 9:
+        assert noise > s_next
+
+
+@pytest.mark.parametrize("kernel", TABLE)
+@pytest.mark.parametrize("index", range(10))
+def test_a_kernel_goes_to_the_ode_as_its_noise_goes_to_zero(kernel, index):
+    s, s_next = SIGMAS[index], SIGMAS[index + 1]
+    euler = TABLE["ode"].coefficients(s, s_next, SIGMAS[1], 0.0)
+    for a, error in ((1e-3, 1e-2), (1e-6, 1e-5)):
+        assert TABLE[kernel].coefficients(s, s_next, SIGMAS[1], a) == pytest.approx(
+            euler, abs=error
+        )
+
+
+@pytest.mark.parametrize("kernel", TABLE)
 @pytest.mark.parametrize("index", [0, 4, 9])
 def test_noise_zero_is_euler_as_diffusers_takes_it(kernel, index):
     x, v, z = latents(1), latents(2), latents(3)
@@ -94,10 +134,11 @@ def test_outside_the_window_a_step_is_euler_and_needs_no_noise():
         kernels.step(x, v, schedule, -1)
 
 
-@pytest.mark.parametrize("index", [0, 3, 8])
-def test_log_prob_is_the_mean_of_torchs_normal(index):
+@pytest.mark.parametrize("kernel", NOISY)
+@pytest.mark.parametrize("index", [0, 3, 7])
+def test_log_prob_is_the_mean_of_torchs_normal(kernel, index):
     x, v, z = latents(1), latents(2), latents(3)
-    step = kernels.step(x, v, SDE, index, noise=z)
+    step = kernels.step(x, v, NOISY[kernel], index, noise=z)
     ours = kernels.log_prob(step.next, step.mean, step.q)
     density = Independent(Normal(step.mean.double(), step.q), 2)
     assert_close(ours.double(), density.log_prob(step.next.double()) / 20, rtol=1e-5, atol=1e-6)
@@ -118,16 +159,42 @@ def test_densities_refuse_an_euler_step():
     with pytest.raises(ValueError, match="no density"):
         kernels.log_prob(x, x, 0.0)
     with pytest.raises(ValueError, match="no density"):
-        kernels.gaussian_kl(x, x, 0.0)
+        kernels.kl_factor(build(SIGMAS, "cps", 0.7, (0, 8)), 9)
+
+
+@pytest.mark.parametrize("kernel", NOISY)
+@pytest.mark.parametrize("index", [0, 5])
+def test_samples_have_the_mean_and_the_spread_of_the_closed_form(kernel, index):
+    n, x, v = 100_000, 0.4, -1.3
+    z = torch.randn((n, 1), generator=generator(13))
+    shape = (n, 1)
+    done = kernels.step(torch.full(shape, x), torch.full(shape, v), NOISY[kernel], index, noise=z)
+    alpha, gamma, q = NOISY[kernel].coefficients(index)
+    mean, spread = alpha * x + gamma * v, done.next.double().std().item()
+    assert done.next.double().mean().item() == pytest.approx(mean, abs=5 * q / math.sqrt(n))
+    assert spread == pytest.approx(q, rel=5 / math.sqrt(2 * n))
+    entropy = -kernels.log_prob(done.next, done.mean, done.q).double().mean().item()
+    assert entropy == pytest.approx(0.5 + math.log(q * math.sqrt(2 * math.pi)), abs=0.02)
+
+
+@pytest.mark.parametrize("kernel", NOISY)
+@pytest.mark.parametrize("index", [0, 5])
+def test_the_exact_kl_is_torchs_for_every_kernel(kernel, index):
+    x, v, v_ref, zero = latents(1), latents(2), latents(4), torch.zeros(3, 4, 5)
+    means = [kernels.step(x, w, NOISY[kernel], index, noise=zero).mean for w in (v, v_ref)]
+    q = NOISY[kernel].coefficients(index).q
+    exact = kl_divergence(*(Normal(mean.double(), q) for mean in means)).mean((1, 2))
+    ours = kernels.kl_factor(NOISY[kernel], index) * (v - v_ref).double().square().mean((1, 2))
+    assert_close(ours, exact, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("index", [0, 5])
 def test_exact_kl_equals_monte_carlo_and_holds_the_time_step(index):
     n = 200_000
     x, v, v_ref = latents(1, (1, 2, 2)), latents(2, (1, 2, 2)), 8 * latents(4, (1, 2, 2))
-    mine = kernels.step(x, v, SDE, index, noise=torch.zeros(1, 2, 2))
     ref = kernels.step(x, v_ref, SDE, index, noise=torch.zeros(1, 2, 2))
-    exact = kernels.gaussian_kl(mine.mean, ref.mean, mine.q).item()
+    dv2 = (v - v_ref).square().mean().item()
+    exact = kernels.kl_factor(SDE, index) * dv2
 
     z = torch.randn((n, 2, 2), generator=generator(7))
     wide = kernels.step(x.expand(n, 2, 2), v.expand(n, 2, 2), SDE, index, noise=z)
@@ -138,11 +205,10 @@ def test_exact_kl_equals_monte_carlo_and_holds_the_time_step(index):
     assert abs(gap.mean().item() - exact) < 4 * error and error < 0.01 * exact
 
     a, s, h = 0.7, SIGMAS[index], SIGMAS[index] - SIGMAS[index + 1]
-    dv2 = (v - v_ref).square().mean().item()
     per_dv2 = (
         h**2 / (2 * a**2) if index == 0 else h * (1 + a**2 / 2) ** 2 * (1 - s) / (2 * a**2 * s)
     )
-    assert exact == pytest.approx(per_dv2 * dv2, rel=1e-4)
+    assert exact == pytest.approx(per_dv2 * dv2, rel=1e-9)
 
 
 @pytest.mark.parametrize("index", [1, 4, 8])
@@ -163,18 +229,75 @@ def test_excess_noise_is_the_formula_and_what_samples_show(index):
     assert step.next.mean().item() == pytest.approx((1 - s_next) * x0, abs=mean_error)
 
 
+MEAN, SPREAD = 0.5, 0.6  # of the data of a one-dimensional world
+
+
+def exact_velocity(x, s):
+    """E[eps - x0 | x_s = x] for x0 ~ N(MEAN, SPREAD^2)."""
+    variance = (1 - s) ** 2 * SPREAD**2 + s**2
+    off = x - (1 - s) * MEAN
+    return (s - (1 - s) * SPREAD**2) / variance * off - MEAN
+
+
+def sampled_moments(kernel, steps, a, n=20_000):
+    """Mean and std of x0 of a world whose velocity is known, all steps but the tail with noise."""
+    grid = tuple(1 - i / steps for i in range(steps)) + (0.0,)
+    schedule = build(grid)
+    if kernel != "ode":
+        schedule = build(grid, kernel, a, (0, steps - TABLE[kernel].tail))
+    rng = generator(17)
+    x = torch.randn((n, 1), generator=rng)
+    for index in range(steps):
+        z = torch.randn((n, 1), generator=rng)
+        x = kernels.step(x, exact_velocity(x, grid[index]), schedule, index, noise=z).next
+    return x.mean().item(), x.std().item()
+
+
+@pytest.mark.parametrize("kernel", ["ode", "flow-sde", "dance"])
+def test_steps_of_an_sde_keep_the_marginal_as_they_get_smaller(kernel):
+    """Both claim the ODE's marginals in the limit; 20 000 samples, errors of 0.5% and less."""
+    mean, spread = sampled_moments(kernel, 400, 0.7)
+    assert mean == pytest.approx(MEAN, abs=5 * SPREAD / math.sqrt(20_000) + 0.005)
+    assert spread == pytest.approx(SPREAD, rel=0.03)
+    _, coarse = sampled_moments(kernel, 10, 0.7)
+    assert abs(coarse - SPREAD) > abs(spread - SPREAD)
+
+
+def test_cps_keeps_the_noise_level_but_not_the_spread_of_the_data():
+    """Its claim is about one picture: noise of std s' at every step. Over many pictures each noisy
+    step goes through an estimate of x0, which varies less than x0 does, however short the step.
+    """
+    for steps in (10, 400):
+        mean, spread = sampled_moments("cps", steps, 0.7)
+        assert mean == pytest.approx(MEAN, abs=0.03)
+        assert 0.7 * SPREAD < spread < 0.9 * SPREAD
+
+
+@pytest.mark.parametrize("index", [0, 4, 7])
+def test_cps_leaves_noise_of_exactly_the_next_level(index):
+    n, x0, s, s_next = 100_000, 0.3, SIGMAS[index], SIGMAS[index + 1]
+    eps = torch.randn((n, 1), generator=generator(11))
+    z = torch.randn((n, 1), generator=generator(12))
+    step = kernels.step((1 - s) * x0 + s * eps, eps - x0, NOISY["cps"], index, noise=z)
+    rest = step.next.double() - (1 - s_next) * x0
+    assert rest.std().item() == pytest.approx(s_next, rel=5 / math.sqrt(2 * n))
+    assert rest.mean().item() == pytest.approx(0.0, abs=5 * s_next / math.sqrt(n))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_replay_is_bit_equal_and_scores_the_stored_tensor(dtype):
+@pytest.mark.parametrize("kernel", NOISY)
+def test_replay_is_bit_equal_and_scores_the_stored_tensor(kernel, dtype):
+    schedule = NOISY[kernel]
     x = torch.stack([initial_noise(seed, (4, 5)) for seed in range(3)]).to(dtype)
-    for index in range(9):
+    for index in schedule.trained:
         v = latents(20 + index, dtype=dtype)
         z = torch.stack([step_noise(seed, index, (4, 5)) for seed in range(3)])
-        sampled = kernels.step(x, v, SDE, index, noise=z)
+        sampled = kernels.step(x, v, schedule, index, noise=z)
         old = kernels.log_prob(sampled.next, sampled.mean, sampled.q)
         assert sampled.next.dtype == dtype and sampled.mean.dtype == torch.float32
 
         stored = sampled.next.clone()
-        replayed = kernels.step(x, v, SDE, index, x_next=stored)
+        replayed = kernels.step(x, v, schedule, index, x_next=stored)
         assert torch.equal(replayed.mean, sampled.mean) and torch.equal(replayed.next, stored)
         assert torch.equal(kernels.log_prob(replayed.next, replayed.mean, replayed.q), old)
         x = stored

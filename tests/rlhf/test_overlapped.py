@@ -10,6 +10,7 @@ from rlhf.alignment import AlignmentLearner
 from rlhf.cluster.local import LocalCluster
 from rlhf.errors import ConfigError, StaleRollouts
 from rlhf.loop import align, align_overlapped
+from rlhf.losses import LOSSES
 from rlhf.plan import Config
 from rlhf.rollout import RolloutWorker
 from rlhf.types import Advantages
@@ -103,7 +104,7 @@ def learnt(tiny_base, staleness, loss="nft"):
     for iteration in range(3):
         handover = learner.publish("behaviour")
         worker.bind(handover)
-        asked = request(iteration, sampler(loss), "plain" if loss == "grpo" else None)
+        asked = request(iteration, sampler(loss), LOSSES[loss].requires)
         kept.append([worker.rollout(ref, asked) for ref in asked.refs(handover.version)])
         if iteration < 2:
             learner.update(kept[-1], good)

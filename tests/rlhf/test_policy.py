@@ -219,7 +219,7 @@ def test_samples_depend_on_their_own_seed_and_the_number_of_steps(policy):
 def test_shared_noise_starts_all_siblings_from_one_x(policy):
     stochastic = dict(kernel="flow-sde", window=(1, 2), steps=4)
     made_by = Sampler(**stochastic, shared_noise=True)
-    got = sample(policy, made_by, TEXTS[0], seeds=(1, 2), store="plain")
+    got = sample(policy, made_by, TEXTS[0], seeds=(1, 2), store=("trajectory",))
     assert torch.equal(got.trajectory.x_KGNC[0, 0], got.trajectory.x_KGNC[0, 1])
     assert not torch.equal(got.x0_GNC[0], got.x0_GNC[1])
 

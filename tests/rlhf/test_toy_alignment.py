@@ -11,9 +11,16 @@ from tests.rlhf.toy_policy import Alignment, measure, pretrained
 ERRORS = 20  # standard errors a gain must exceed
 ITERATIONS = 10
 LOSSES = {
-    "grpo": {},
-    "grpo-recentred": {},
-    "nft": {"updates": 4, "lag": 0.3},  # a lagged behaviour copy, several updates per rollout
+    "grpo": {"loss": "grpo"},
+    "grpo-recentred": {"loss": "grpo-recentred"},
+    "grpo cps": {"loss": "grpo-recentred", "kernel": "cps"},
+    "grpo dance": {"loss": "grpo-recentred", "kernel": "dance"},
+    "guard": {"loss": "guard"},
+    "dppo": {"loss": "dppo"},
+    "dppo cps": {"loss": "dppo", "kernel": "cps"},
+    # a lagged behaviour copy, several updates per rollout
+    "nft": {"loss": "nft", "updates": 4, "lag": 0.3},
+    "awm": {"loss": "awm", "updates": 4, "clip": None},
 }
 
 
@@ -29,7 +36,7 @@ def gain(before, after):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_brightness_rises_guided_and_unguided(base, loss):
-    run = Alignment(policy=base, loss=loss, **LOSSES[loss])
+    run = Alignment(policy=base, **LOSSES[loss])
     run.iterate(ITERATIONS)
     for guidance in (3.0, 1.0):
         assert gain(measure(base, guidance), measure(run.policy, guidance)) > ERRORS
@@ -37,7 +44,7 @@ def test_brightness_rises_guided_and_unguided(base, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_brightness_falls_when_the_advantage_is_turned_round(base, loss):
-    run = Alignment(policy=base, loss=loss, sign=-1.0, **LOSSES[loss])
+    run = Alignment(policy=base, sign=-1.0, **LOSSES[loss])
     run.iterate(ITERATIONS)
     for guidance in (3.0, 1.0):
         assert gain(measure(base, guidance), measure(run.policy, guidance)) < -ERRORS
@@ -56,7 +63,7 @@ def test_the_first_ratio_of_every_iteration_is_exactly_one_and_later_ones_are_cl
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 def test_brightness_rises_without_guidance_too(base, loss):
-    run = Alignment(policy=base, loss=loss, guidance=1.0, **LOSSES[loss])
+    run = Alignment(policy=base, guidance=1.0, **LOSSES[loss])
     run.iterate(ITERATIONS)
     assert gain(measure(base, 1.0), measure(run.policy, 1.0)) > ERRORS
 
@@ -72,7 +79,7 @@ def test_plain_and_recentred_are_one_run_without_guidance(base):
 
 
 def test_nft_learns_from_a_behaviour_that_lags(base):
-    run = Alignment(policy=base, loss="nft", **LOSSES["nft"])
+    run = Alignment(policy=base, **LOSSES["nft"])
     run.iterate(3)
     assert any(
         not old.equal(new)

@@ -10,6 +10,7 @@ import torch
 from rlhf.alignment import AlignmentConfig, LossConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
 from rlhf.learner import LearnerConfig
+from rlhf.losses import LOSSES
 from rlhf.policies.qwen_image21 import Lora, PolicyConfig, QwenImage21Policy, load_policy
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
@@ -47,17 +48,17 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def alignment(loss: str = "nft", lr: float = 1e-2, **changes) -> AlignmentConfig:
     """Wide clips, so that later updates still have a gradient."""
     known = dict(updates_per_rollout=2, clip_low=0.2, clip_high=0.2)
-    train_guidance = changes.pop("train_guidance", 1.0)
+    more = {name: changes.pop(name) for name in ("train_guidance", "ema") if name in changes}
     return AlignmentConfig(
         loss=LossConfig(name=loss, **(known | changes)),
         learner=LearnerConfig(lr=lr),
-        train_guidance=train_guidance,
+        **more,
     )
 
 
 def sampler(loss: str = "nft", **changes) -> Sampler:
     known = dict(steps=4, guidance=3.0, height=64, width=64)
-    return Sampler(**(known | (WINDOW if loss != "nft" else {}) | changes))
+    return Sampler(**(known | (WINDOW if LOSSES[loss].form else {}) | changes))
 
 
 def recipe(base: Path, loss: str = "nft", judges=("brightness",), **cluster) -> Recipe:
@@ -78,9 +79,7 @@ def prompts(n: int = 2) -> tuple[Prompt, ...]:
     return tuple(Prompt(id=f"t#{i}", text=TEXTS[i], category="objects") for i in range(n))
 
 
-def request(
-    iteration: int, made_by: Sampler, store=None, groups: int = 2, size: int = 4
-) -> Request:
+def request(iteration: int, made_by: Sampler, store=(), groups: int = 2, size: int = 4) -> Request:
     return Request(
         iteration=iteration,
         prompts=prompts(groups),

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from rewards.types import JudgeCard, Score, Scores
 from rlhf import kernels
 from rlhf.advantage import group_advantages
-from rlhf.losses import LOSSES, noised, summarise, transition_log_prob
+from rlhf.coefficients import Kernel
+from rlhf.losses import (
+    LOSSES,
+    LossConfig,
+    Noised,
+    Transitions,
+    kernels_of,
+    noised,
+    summarise,
+    transition_log_prob,
+)
 from rlhf.noise import generator, initial_noise, step_noise
 from rlhf.schedule import Schedule, build, qwen_image21_sigmas
 from rlhf.types import Trajectory
@@ -72,7 +82,7 @@ def rollout(
 ) -> tuple[Tensor, Trajectory | None]:
     """Final latents of the seeds and, for a ratio loss, the record of the trained steps."""
     x = torch.stack([initial_noise(seed, SHAPE) for seed in seeds])
-    kept: dict[str, list] = {"index": [], "x": [], "next": [], "logp": [], "shift": []}
+    kept: dict[str, list] = {n: [] for n in ("index", "x", "next", "logp", "shift", "velocity")}
     for index in range(schedule.n_steps):
         v_c = policy(x, schedule.sigmas[index])
         v_u = policy(x, schedule.sigmas[index], 0.0) if guidance != 1.0 else v_c
@@ -84,18 +94,20 @@ def rollout(
         if step.q > 0.0 and form is not None:
             shift = kernels.guidance_shift(v_g, v_c, schedule, index)
             logp = transition_log_prob(v_c, x, step.next, schedule, index, form, shift)
-            for name, value in zip(kept, (index, x, step.next, logp, shift), strict=True):
+            row = (index, x, step.next, logp, shift, v_c)
+            for name, value in zip(kept, row, strict=True):
                 kept[name].append(value)
         x = step.next
     if not kept["index"]:
         return x, None
-    stacks = {name: torch.stack(kept[name]) for name in ("x", "next", "logp", "shift")}
+    stacks = {name: torch.stack(kept[name]) for name in kept if name != "index"}
     return x, Trajectory(
         index_K=tuple(kept["index"]),
         x_KGNC=stacks["x"],
         next_KGNC=stacks["next"],
         logp_KG=stacks["logp"],
         shift_KGNC=stacks["shift"],
+        velocity_KGNC=stacks["velocity"],
     )
 
 
@@ -112,7 +124,9 @@ class Alignment:
     updates: int = 2
     lag: float = 0.0  # how much of the behaviour weights stays, per iteration
     lr: float = 2e-3
-    clip: float = 0.01
+    clip: float | None = 0.01
+    divergence: float = 1e-3
+    kernel: Kernel | None = None  # the loss's usual one
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,9 +134,13 @@ class Alignment:
         self.policy = copy.deepcopy(self.policy)
         self.behaviour = copy.deepcopy(self.policy)
         self.optimiser = torch.optim.Adam(self.policy.parameters(), lr=self.lr)
+        self.settings = LossConfig(
+            name=self.loss, clip_low=self.clip, clip_high=self.clip, divergence=self.divergence
+        )
         self.schedule = build(SIGMAS)
-        if self.kind.kernels[0] != "ode":
-            self.schedule = build(SIGMAS, self.kind.kernels[0], 0.7, (1, 4))
+        kernel = self.kernel or kernels_of(self.kind)[0]
+        if kernel != "ode":
+            self.schedule = build(SIGMAS, kernel, 0.7, (1, 4))
 
     def iterate(self, iterations: int) -> None:
         for iteration in range(iterations):
@@ -155,32 +173,37 @@ class Alignment:
         return self.sign * found.value_PG.flatten(), live / live.sum()
 
     def ratio_terms(self, trajectory: Trajectory, advantage: Tensor, weight: Tensor):
-        shift = trajectory.shift_KGNC
-        assert shift is not None
-        logp = [
-            transition_log_prob(
-                self.policy(trajectory.x_KGNC[k], self.schedule.sigmas[index]),
-                trajectory.x_KGNC[k],
-                trajectory.next_KGNC[k],
-                self.schedule,
-                index,
-                self.kind.form,
-                shift[k],
+        t, grid = trajectory, self.schedule
+        assert t.shift_KGNC is not None and t.velocity_KGNC is not None
+        logp, kl_old = [], []
+        for k, index in enumerate(t.index_K):
+            x, shift = t.x_KGNC[k], t.shift_KGNC[k]
+            v = self.policy(x, grid.sigmas[index])
+            logp.append(
+                transition_log_prob(v, x, t.next_KGNC[k], grid, index, self.kind.form, shift)
             )
-            for k, index in enumerate(trajectory.index_K)
-        ]
-        return self.kind.function(
-            torch.stack(logp), trajectory.logp_KG, advantage, weight, self.clip, self.clip
+            d = (v - t.velocity_KGNC[k]).square().flatten(1).mean(1)
+            kl_old.append(kernels.kl_factor(grid, index) * d)
+        steps = Transitions(
+            logp_KG=torch.stack(logp),
+            old_logp_KG=t.logp_KG,
+            kl_old_KG=torch.stack(kl_old),
+            q_K=torch.tensor([grid.coefficients(i).q for i in t.index_K]),
+            h_K=torch.tensor([grid.sigmas[i] - grid.sigmas[i + 1] for i in t.index_K]),
         )
+        return self.kind.function(steps, advantage, weight, self.settings)
 
     def forward_terms(self, x0: Tensor, advantage: Tensor, weight: Tensor, *keys: int):
         rng = generator(2, *keys)
         pick = torch.randint(self.schedule.n_steps - 1, (len(x0),), generator=rng)
         sigma = torch.tensor(self.schedule.sigmas)[pick]
-        x_s = noised(x0, torch.randn(x0.shape, generator=rng), sigma)
+        eps = torch.randn(x0.shape, generator=rng)
+        x_s = noised(x0, eps, sigma)
         with torch.no_grad():
             v_old = self.behaviour(x_s, sigma)
-        return self.kind.function(self.policy(x_s, sigma), v_old, x_s, x0, sigma, advantage, weight)
+        v = self.policy(x_s, sigma)
+        seen = Noised(v_theta=v, v_old=v_old, x_s=x_s, x0=x0, eps=eps, sigma_G=sigma)
+        return self.kind.function(seen, advantage, weight, self.settings)
 
 
 def measure(policy: Velocity, guidance: float, count: int = 500) -> tuple[float, float]:
