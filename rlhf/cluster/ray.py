@@ -10,6 +10,7 @@ Every wait is bounded. Ray's transport is cloudpickle: run it on a cluster you t
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray import ObjectRef
+from ray import ObjectRef, exceptions
 
 from rewards.types import JudgeCard, Scores, failed
 from rlhf.cluster.actors import LearnerActor, RewardActor, RolloutActor
@@ -30,12 +31,16 @@ from rlhf.rollout import Request
 from rlhf.types import Advantages, GroupRef, StepReport, Version
 
 TRIES = 3  # that a group may be sampled and lost
+CONNECT_SECONDS = 10.0  # for a running Ray to accept a connection
 
 
 def connect(address: str | None, cpus: int) -> bool:
     """Join a running Ray, or start one here with room for our actors. True if it was started.
 
     Without `address`, RAY_ADDRESS is joined if it is set, as it is in a job of a cluster.
+
+    Raises:
+        ClusterError: nobody is there to be joined.
     """
     if ray.is_initialized():
         return False
@@ -44,7 +49,7 @@ def connect(address: str | None, cpus: int) -> bool:
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # see docs/threads.md
     env = {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": spin}}
     if address:
-        ray.init(address=address, runtime_env=env, **quiet)
+        _join(address, runtime_env=env, **quiet)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -57,6 +62,21 @@ def connect(address: str | None, cpus: int) -> bool:
         **quiet,
     )
     return True
+
+
+def _join(address: str, **settings: Any) -> None:
+    """`ray.init`, which alone would ask a port that nobody listens at for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        ray.init(address=address, **settings)
+    except (OSError, RuntimeError, ValueError, exceptions.RayError) as error:
+        raise ClusterError(
+            f"cluster.address={address}: {error}: write HOST:PORT of a running Ray's head, such as"
+            " 10.0.0.1:6379, and if it asks for a token, set RAY_AUTH_MODE=token and"
+            " RAY_AUTH_TOKEN"
+        ) from error
 
 
 def shutdown() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.submit import Config
-from rlhf.errors import ConfigError
+from rlhf.errors import ClusterError, ConfigError
 from tests.rlhf.tiny import arguments
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,18 @@ def test_a_wrong_token_and_a_wrong_address_are_errors_with_advice(head):
     assert "Traceback" not in wrong.stderr
     nobody = submit(f"http://127.0.0.1:{free_ports(1)[0]}", "assets")
     assert nobody.returncode == 1 and "address=http://head:8265" in " ".join(nobody.stderr.split())
+
+
+def test_a_cluster_that_never_answers_is_given_up_in_time():
+    from rlhf.cluster.jobs import Jobs
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match="no answer within 1 s.*RAY_AUTH_TOKEN"):
+            Jobs(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=1.0)
+        assert time.monotonic() - began < 15  # ray is imported, too
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -122,14 +123,26 @@ def test_one_learner_of_two_that_dies_in_an_update_takes_both_along(tiny_base, r
         cluster.close()
 
 
+def ended(pid, seconds=30.0):
+    """Whether a process is gone, or goes in time."""
+    end = time.monotonic() + seconds
+    while alive := Path(f"/proc/{pid}").exists():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return not alive
+
+
 def test_a_hanging_worker_is_replaced_and_without_a_replacement_the_run_ends(tiny_base, ray_head):
     cluster = ray_cluster(tiny_base)
     try:
         version = cluster.publish("behaviour")
         cluster.workers._seconds = 10.0  # for a call; to start takes longer
         cluster.begin(request(1, sampler(), groups=1), version)
-        os.kill(cluster.processes["rollout"][0], signal.SIGSTOP)
+        (stopped,) = cluster.processes["rollout"]
+        os.kill(stopped, signal.SIGSTOP)
         refs = cluster.rollout(request(1, sampler(), groups=1), version)
+        assert ended(stopped)  # it holds no memory any more
         assert cluster.pixels(refs).shape == (1, 4, 3, 64, 64)
         cluster.workers._patience = 0.0  # nobody starts in no time
         cluster.begin(request(2, sampler(), groups=1), version)

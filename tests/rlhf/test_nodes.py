@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from rlhf import checkpoint
 from rlhf.cluster.base import ClusterConfig
 from rlhf.cluster.local import LocalCluster
-from rlhf.errors import ConfigError
+from rlhf.errors import ClusterError, ConfigError
 from tests.rlhf.test_cluster import Plan, outcome
 from tests.rlhf.tiny import recipe
 
@@ -37,6 +38,16 @@ def test_a_run_that_lost_a_node_ends_as_one_that_did_not(tiny_base, tmp_path):
     for part, tensors in state.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, theirs.tensors[part][name]), f"{part}/{name}"
+
+
+def test_a_ray_that_is_not_there_is_an_error_at_once():
+    from rlhf.cluster.ray import _join
+
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"cluster.address=127.0.0.1:{port}.*HOST:PORT"):
+            _join(f"127.0.0.1:{port}")
 
 
 def test_seats_of_both_layouts():

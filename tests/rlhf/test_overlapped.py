@@ -93,11 +93,10 @@ def test_ray_samples_ahead_and_agrees_bitwise(tiny_base, tmp_path, ray_head, los
     assert cluster.ahead > 0
 
 
-def learnt(tiny_base, staleness, loss="nft"):
+def learnt(tiny_base, staleness, loss="nft", **changes):
     """A learner two updates on, and what was sampled before each and after both."""
-    learner = AlignmentLearner(
-        make_policy(tiny_base), replace(alignment(loss), staleness=staleness)
-    )
+    config = replace(alignment(loss, **changes), staleness=staleness)
+    learner = AlignmentLearner(make_policy(tiny_base), config)
     worker, kept = RolloutWorker(make_policy(tiny_base)), []
     value = torch.randn(2, 4, generator=torch.Generator().manual_seed(5))
     good = Advantages(value_PG=value, live_PG=torch.ones(2, 4, dtype=torch.bool))
@@ -138,11 +137,12 @@ def test_the_old_field_is_that_of_the_weights_that_sampled(tiny_base):
         assert {name for name in asked if name.startswith("behaviour")} == {slot}
 
 
-def test_a_ratio_is_to_the_weights_that_sampled(tiny_base):
+@pytest.mark.parametrize("old_logp", ["rollout", "replay"])
+def test_a_ratio_is_to_the_weights_that_sampled(tiny_base, old_logp):
     """Old samples start at another ratio than 1, and are no replay mismatch."""
-    learner, kept, good = learnt(tiny_base, 1, "grpo")
+    learner, kept, good = learnt(tiny_base, 1, "grpo", old_logp=old_logp)
     assert learner.update(kept[1], good).metrics["ratio/first_max_dev"] > 1e-6
-    learner, kept, good = learnt(tiny_base, 1, "grpo")
+    learner, kept, good = learnt(tiny_base, 1, "grpo", old_logp=old_logp)
     assert learner.update(kept[2], good).metrics["ratio/first_max_dev"] <= 1e-6
 
 
