@@ -57,6 +57,7 @@ class Trial:
     exits: list[int] = field(default_factory=list)
     output: str = ""
     process: subprocess.Popen | None = None
+    below: list[int] = field(default_factory=list)  # actors that end with the process
 
     @property
     def run(self) -> Path:
@@ -106,6 +107,8 @@ class Trial:
     def end(self) -> int:
         assert self.process is not None
         self.exits.append(self.process.wait(2 * WAIT))
+        there = lambda: any(Path(f"/proc/{pid}").exists() for pid in self.below)  # noqa: E731
+        wait_for(lambda: not there(), lambda: True, WAIT)
         self.output = (self.folder / "output.txt").read_text()
         return self.exits[-1]
 
@@ -121,7 +124,14 @@ def kill(kind: str, doing: str, count: int = 1, how: int = signal.SIGKILL) -> Ca
 
 
 def driver(how: int) -> Callable[[Trial], None]:
-    return lambda trial: os.kill(trial.until(2)[0], how)
+    """Send a signal to the driver, which takes its actors along."""
+
+    def strike(trial: Trial) -> None:
+        (pid,) = trial.until(2)
+        trial.below = [actor for some in actors(pid).values() for actor in some]
+        os.kill(pid, how)
+
+    return strike
 
 
 def no_space(trial: Trial) -> None:

@@ -220,13 +220,16 @@ def drive(
     """Work the crews until `until()` and, within `seconds`, all `others` have come back.
 
     Raises:
-        TimeoutError: they did not. ClusterError: a crew is lost. And what calls and `others` raise.
+        TimeoutError: they did not. ClusterError: a crew is lost, or there is nothing to wait for.
+        And what calls and `others` raise.
     """
     waiting, end = list(others), time.monotonic() + seconds
     while waiting or not until():
         for crew in crews:
             crew.dispatch()
         at = {future: crew for crew in crews for future in crew.futures}
+        if not waiting and not at:
+            raise ClusterError("nothing is under way that the wait could end with")
         limit = min([crew.deadline for crew in crews] + [end] * bool(waiting))
         ready, _ = ray.wait(
             [*waiting, *at], timeout=max(limit - time.monotonic(), 0), fetch_local=False

@@ -133,3 +133,5 @@ def test_a_driven_wait_for_others_ends(crew, ray_head):
     with pytest.raises(TimeoutError, match="no answer within 1 s"):
         drive([], lambda: True, [slow], 1.0)
     ray.cancel(slow, force=True)
+    with pytest.raises(ClusterError, match="nothing is under way"):
+        drive([], lambda: False)
