@@ -1,13 +1,13 @@
-"""Many clients against one served judge, through a killed and restarted server if asked.
+"""Many clients against the served judges, through a killed and restarted server if asked.
 
     python -m benchmarks.serving --minutes 5 --restart --out benchmarks/results/serving.json
 
-Each client asks for one to four pictures of 64, 96 and 128 px at a time, each with a prompt of its
-own so that nothing comes from the cache, and compares every score with the oracle's own. `lost` are
-samples without a score, `wrong` those with another one than here; both must be 0. Latency is that
-of a `score` call with all its waits for a full queue or a dead server. The clients share one
-process, whose work (PNG, JSON) is part of the throughput; `bare` is the judge alone, in batches of
-16.
+Each client asks one of the judges of configs/reward/serve.yaml for one to four pictures of 64, 96
+and 128 px at a time, each as a sample of its own so that nothing comes from the cache, and compares
+every score with the judge's own in this process. `lost` are samples without a score, `wrong` those
+whose state differs or whose value is more than 1e-5 away; both must be 0. Latency is that of a
+`score` call with all its waits for a full queue or a dead server. The clients share one process,
+whose work (PNG, JSON) is part of the throughput; `bare` are the judges alone, in batches of 16.
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from pipelines.reward_serve import ServeConfig
 from rewards.client import RemoteJudge
+from rewards.judge import Judge, load_judge
 from rewards.scenes import world
-from rewards.scenes.judge import OracleJudge
 from rewards.scenes.render import render
+from rewards.scenes.specs import Edit
+from rewards.scenes.world import Category
 from rewards.types import Sample, Score
+from rlhf import config
 from rlhf.files import atomic_write_text, json_text
 from rlhf.run import machine, report
 
 SIZES = (64, 96, 128)  # px
-QUEUE = 96  # of the server, so that 64 clients fill it now and then
+QUEUE = 32  # of each judge, so that its dozen clients fill it now and then
+TOLERANCE = 1e-5
+CONFIG = "reward/serve"
 
 
 @dataclass
@@ -43,16 +51,59 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
+    worst: float = 0.0  # difference from the judge's own score
+
+    def see(self, score: Score, truth: Score) -> None:
+        """Count one answer."""
+        if score.state == "failed":
+            self.counts["lost"] += 1
+            return
+        away = 0.0 if score.state == truth.state else float("inf")
+        if score.value is not None and truth.value is not None:
+            away = abs(score.value - truth.value)
+        self.worst = max(self.worst, away)
+        self.counts["ok" if away <= TOLERANCE else "wrong"] += 1
 
 
-def pool(count: int) -> list[Sample]:
-    """Noisy pictures of each size, with their specs."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One served judge, what it is asked, and what it says in this process."""
+
+    name: str
+    judge: Judge
+    samples: list[Sample]
+    truth: list[Score]
+
+
+def pool(judge: Judge, count: int) -> list[Sample]:
+    """Noisy pictures of each size, of the categories that the judge judges."""
     rng, out = np.random.default_rng(0), []
+    kinds = [kind for kind in get_args(Category) if {kind, "*"} & set(judge.card.categories)]
     for i in range(count):
-        spec = world.draw("objects", i)
-        picture = render(spec, SIZES[i % len(SIZES)])  # type: ignore[arg-type]
+        spec = world.draw(kinds[i // len(SIZES) % len(kinds)], i)
+        size = SIZES[i % len(SIZES)]
+        edit = isinstance(spec, Edit)
+        picture = render(spec.target if edit else spec, size)
         noisy = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
-        out.append(Sample(image=noisy, prompt="", category="objects", target=world.dump(spec)))
+        out.append(
+            Sample(
+                image=noisy,
+                prompt=world.terse(spec),
+                category=world.category_of(spec),
+                sources=(render(spec.source, size),) if edit else (),
+                target=world.dump(spec),
+            )
+        )
+    return out
+
+
+def asked(specs: Mapping[str, str], count: int = 48) -> list[Asked]:
+    """The judges by their name on the server, each with `count` samples."""
+    out = []
+    for name, spec in specs.items():
+        judge = load_judge(spec)
+        samples = pool(judge, count)
+        out.append(Asked(name=name, judge=judge, samples=samples, truth=judge.score(samples)))
     return out
 
 
@@ -63,11 +114,11 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/fidelity"
+        self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        words = ["judges={fidelity: oracle/fidelity}", f"port={self.port}", f"lane.queue={QUEUE}"]
+        words = ["--config", CONFIG, f"port={self.port}", f"lane.queue={QUEUE}", "max_samples=16"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "reward", "serve", *words, "--json"],
             stdout=subprocess.DEVNULL,
@@ -81,46 +132,52 @@ class Server:
         self.start()
 
 
-def client(number: int, url: str, samples: list[Sample], truth: list[Score], end: float) -> Tally:
+def client(number: int, url: str, about: Asked, end: float) -> Tally:
     """Ask until `end` (monotonic seconds)."""
-    judge, tally = RemoteJudge(url, retries=20), Tally()
-    rng, asked = np.random.default_rng(number), 0
+    judge, tally = RemoteJudge(f"{url}/{about.name}", retries=20), Tally()
+    rng, count = np.random.default_rng(number), 0
     while time.monotonic() < end:
-        chosen = rng.integers(0, len(samples), rng.integers(1, 5))
-        batch = [replace(samples[k], prompt=f"{number} {asked + i}") for i, k in enumerate(chosen)]
-        asked += len(batch)
+        chosen = rng.integers(0, len(about.samples), rng.integers(1, 5))
+        batch = [
+            replace(about.samples[k], columns={"asked": f"{number} {count + i}"})
+            for i, k in enumerate(chosen)
+        ]
+        count += len(batch)
         began = time.monotonic()
         scores = judge.score(batch)
         tally.seconds.append(time.monotonic() - began)
         for score, k in zip(scores, chosen, strict=True):
-            what = "ok" if score == truth[k] else "lost" if score.state == "failed" else "wrong"
-            tally.counts[what] += 1
+            tally.see(score, about.truth[k])
     tally.counts += Counter({f"trouble {name}": n for name, n in judge.troubles.items()})
     return tally
 
 
-def bare(samples: list[Sample], seconds: float = 2.0) -> float:
-    """Samples per second of the judge alone."""
-    judge, done, began = OracleJudge("fidelity"), 0, time.monotonic()
-    by_size = [[s for s in samples if s.image.shape[1] == size][:16] for size in SIZES]
+def bare(every: Sequence[Asked], seconds: float = 2.0) -> float:
+    """Samples per second of the judges alone, each asked as much as the others."""
+    done, began = 0, time.monotonic()
     while time.monotonic() < began + seconds:
-        done += sum(len(judge.score(batch)) for batch in by_size)
+        for about in every:
+            for size in SIZES:
+                batch = [s for s in about.samples if s.image.shape[1] == size][:16]
+                done += len(about.judge.score(batch))
     return done / (time.monotonic() - began)
 
 
 def measure(clients: int, seconds: float, restart: bool) -> dict[str, dict[str, float | int]]:
     """The figures of one run."""
-    samples = pool(96)
-    truth, alone, server = OracleJudge("fidelity").score(samples), bare(samples), Server()
+    judged = asked(config.load(ServeConfig, CONFIG, [], "reward").judges)
+    alone, server = bare(judged), Server()
     try:
-        RemoteJudge(server.url, retries=100)  # waits until it is there
+        RemoteJudge(f"{server.url}/{judged[0].name}", retries=100)  # waits until it is there
         began = time.monotonic()
         if restart:
             threading.Thread(target=server.restart, args=(seconds / 2,)).start()
         with ThreadPoolExecutor(clients) as threads:
-            ends = [began + seconds] * clients
-            every = [[value] * clients for value in (server.url, samples, truth)]
-            tallies = list(threads.map(client, range(clients), *every, ends))
+            found = [
+                threads.submit(client, i, server.url, judged[i % len(judged)], began + seconds)
+                for i in range(clients)
+            ]
+            tallies = [one.result() for one in found]
         took = time.monotonic() - began
     finally:
         server.process.terminate()
@@ -131,6 +188,7 @@ def measure(clients: int, seconds: float, restart: bool) -> dict[str, dict[str, 
         "clients": clients,
         "requests": latency.size,
         **{what: counts[what] for what in ("ok", "lost", "wrong")},
+        "worst_difference": max(tally.worst for tally in tallies),
         "refusals": counts["trouble 503"],
         "lost_connections": sum(
             n for name, n in counts.items() if name.startswith("trouble") and name[8:] != "503"
@@ -144,7 +202,7 @@ def measure(clients: int, seconds: float, restart: bool) -> dict[str, dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--restart", action="store_true", help="kill the server half-way")

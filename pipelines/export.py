@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.assets import resolve
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_directory
 from rlhf.policies.open import Opening, open_policy
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import report
 
 
@@ -67,25 +69,24 @@ def run(config: Config) -> dict[str, Any]:
         files=[str(p) for p in files],
         slot=opened.slot,
         step=opened.step,
-        load=loading(policy.config.train, policy.config.model, str(out)),
+        load=loading(policy, str(out)),
     )
 
 
-def loading(train: str, model: str, out: str) -> str:
+def loading(policy: PipelinePolicy, out: str) -> str:
     """Three lines of Python that load the export."""
-    from rlhf.assets import resolve
-
-    base = resolve(model)
-    if train == "lora":
+    base, stock = resolve(policy.config.model), policy.PIPELINE.__name__
+    if policy.config.train == "lora":
         return (
-            "from diffusers import QwenImage21Pipeline\n"
-            f'pipeline = QwenImage21Pipeline.from_pretrained("{base}")\n'
+            f"from diffusers import {stock}\n"
+            f'pipeline = {stock}.from_pretrained("{base}")\n'
             f'pipeline.load_lora_weights("{out}")'
         )
+    network = type(policy.transformer).__name__
     return (
-        "from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel\n"
-        f'transformer = QwenImage21Transformer2DModel.from_pretrained("{out}")\n'
-        f'pipeline = QwenImage21Pipeline.from_pretrained("{base}", transformer=transformer)'
+        f"from diffusers import {stock}, {network}\n"
+        f'transformer = {network}.from_pretrained("{out}")\n'
+        f'pipeline = {stock}.from_pretrained("{base}", transformer=transformer)'
     )
 
 

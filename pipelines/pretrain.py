@@ -48,7 +48,9 @@ from rlhf.learner import Learner, LearnerConfig
 from rlhf.models import tiny
 from rlhf.models.autoencoder import load_autoencoder
 from rlhf.models.recall import IGNORED, Recall
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy, tokens_of
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
+from rlhf.policies.qwen_image21 import QwenImage21Policy, tokens_of
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from rlhf.training import Average, Pace, open_run, train
@@ -281,7 +283,10 @@ def _policy(config: Config, device: str) -> QwenImage21Policy:
         checkpointing=config.checkpointing,
     )
     if config.start:
-        return load_policy(how)
+        policy = load_policy(how)
+        if not isinstance(policy, QwenImage21Policy):
+            raise ConfigError(f"start: expected a QwenImage21Pipeline, got '{config.start}'")
+        return policy
     condition, net = Path(str(config.condition)), config.network
     vae = load_autoencoder(str(config.vae))
     encoder = Qwen3VLForConditionalGeneration.from_pretrained(condition / "text_encoder")

@@ -30,7 +30,7 @@ from rlhf.cluster.base import Cluster, ClusterConfig, Recipe, samples_of
 from rlhf.errors import ConfigError, TooManyFailures
 from rlhf.files import atomic_write_text, json_text
 from rlhf.monitor import sign
-from rlhf.policies.qwen_image21 import PolicyConfig
+from rlhf.policies.config import PolicyConfig
 from rlhf.prompts import PromptSet, load_prompts
 from rlhf.rollout import Request, seeds_of
 from rlhf.run import report

@@ -73,6 +73,7 @@ class CollectConfig:
     )  # who rate one picture; of the test split, one, whose own accuracy is reported
     canaries: float = 0.12  # share of the drawn groups' pictures, in training alone
     swapped: float = 0.0  # edits that come a second time under another instruction, likewise
+    rich: float = 0.0  # groups asked for in the longer caption, likewise
     models: dict[str, Source] = field(default_factory=lambda: {"scenes": Source()})
     workers: int = 2
     threads: int = 1
@@ -207,14 +208,15 @@ REJECTED = 0.3  # how far below the clean picture a canary is rated at best
 
 
 def judgements(
-    group: Group, number: int, split: str, seed: int, people: int
+    group: Group, number: int, split: str, seed: int, people: int, rich: float = 0.0
 ) -> Iterator[Judgement]:
     """What so many people say of a group: on each axis a rank, and a rating of each picture."""
     spec, rng = group.spec, np.random.default_rng([seed, 29, len(split), number])
+    longer = np.random.default_rng([seed, 31, len(split), number]).random() < rich
     size = group.pictures[0].picture.shape[-1]
     source = group.source or (spec.source if isinstance(spec, Edit) else None)
     common: dict[str, Any] = {
-        "prompt": world.terse(spec),
+        "prompt": world.rich(spec) if longer else world.terse(spec),
         "category": world.category_of(spec),
         "group": f"{split}-{number:06d}",
         "sources": (render(source, size),) if source else (),
@@ -289,7 +291,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             for groups in (drawn(config, split), sampled(config, split)):
                 for group in groups:
                     people = config.annotators.get(split, 1)
-                    for judgement in judgements(group, number, split, config.seed, people):
+                    rich = config.rich if split == "train" else 0.0
+                    for judgement in judgements(group, number, split, config.seed, people, rich):
                         name = f"{split}/{judgement.axis}/{judgement.kind}"
                         tally[name] = tally.get(name, 0) + 1
                         yield judgement

@@ -37,6 +37,8 @@ from rlhf.policies.base import Condition, Policy
 from rlhf.schedule import Schedule
 from rlhf.types import Advantages, Rollouts, StepReport, Trajectory, Version
 
+DIAGNOSED = 4  # samples: three forwards of each
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignmentConfig:
@@ -300,10 +302,10 @@ class AlignmentLearner:
 
     @torch.no_grad()
     def _diagnostics(self, rollouts: Rollouts) -> dict[str, float]:
-        """How far train went from the reference, and how much of it points along guidance (one
-        group).
+        """How far train went from the reference, and how much of it points along guidance (some
+        samples of one group).
         """
-        x0 = rollouts.x0_GNC
+        x0 = rollouts.x0_GNC[:DIAGNOSED]
         if not torch.isfinite(x0).all():
             return {}
         rows = noise.generator(22, self.config.seed, self.iteration)

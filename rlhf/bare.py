@@ -20,8 +20,10 @@ from torch import Tensor
 from rewards import images
 from rlhf import noise
 from rlhf.alignment import AlignmentConfig
-from rlhf.policies.base import Condition
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy
+from rlhf.policies.base import Condition, Prefix
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.sampling import Sampler
 from rlhf.types import Prompt
 
@@ -112,7 +114,7 @@ def captured(module: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
 class Bare:
     """The work of some groups on a policy of its own. Times are seconds, preparation left out."""
 
-    def __init__(self, policy: QwenImage21Policy, work: Work, sampler: Sampler) -> None:
+    def __init__(self, policy: PipelinePolicy, work: Work, sampler: Sampler) -> None:
         self.policy, self.work, self.sampler = policy, work, sampler
 
     def rollout(self, prompts: Sequence[Prompt]) -> float:
@@ -149,19 +151,22 @@ class Bare:
         return [self.policy.encode(text, sources) for text in texts]
 
     def _velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        prefix = self.policy.prefix(condition) if self.work.cached_prefix else None
-        size = self.sampler.size
+        size, prefix = self.sampler.size, self._prefix(condition)
         return self.policy.velocity(x, sigma, condition, size=size, prefix=prefix)
+
+    def _prefix(self, condition: Condition) -> Prefix | None:
+        return self.policy.prefix(condition) if self.work.cached_prefix else None
 
     @torch.no_grad()
     def _rollout(self, prompt: Prompt) -> float:
         transformer = self.policy.transformer
         x, sigma = self._inputs(self.work.group_size)
-        with captured(transformer) as calls:
-            for condition in self._conditions(prompt, self.work.branches):
-                self._velocity(x, sigma, condition)
-        steps = calls[1::2] if self.work.cached_prefix else calls
-        prefixes = calls[::2] if self.work.cached_prefix else []
+        conditions = self._conditions(prompt, self.work.branches)
+        with captured(transformer) as prefixes:
+            fixed = [self._prefix(condition) for condition in conditions]
+        with captured(transformer) as steps:
+            for condition, prefix in zip(conditions, fixed, strict=True):
+                self.policy.velocity(x, sigma, condition, size=self.sampler.size, prefix=prefix)
         began = time.perf_counter()
         for kwargs in prefixes:
             transformer(**kwargs)

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from rlhf import kernels, noise
 from rlhf.errors import ConfigError
-from rlhf.policies.base import Condition, Policy
+from rlhf.policies.base import Policy, stack
 from rlhf.policies.open import Opening, open_policy
 from rlhf.sampling import Sampler, guided_field
 
@@ -40,20 +40,6 @@ class Batch:
     index: tuple[int, ...]
     wanted: tuple[Wanted, ...]
     sampler: Sampler
-
-
-def stack(conditions: Sequence[Condition]) -> Condition:
-    """Conditions of one layout as one; the same condition again and again stays one."""
-    first = conditions[0]
-    if all(c is first for c in conditions):
-        return first
-    sources = [c.sources_PMC for c in conditions if c.sources_PMC is not None]
-    return Condition(
-        embeds_PLD=torch.cat([c.embeds_PLD for c in conditions]),
-        image_slots_L=first.image_slots_L,
-        sources_PMC=torch.cat(sources) if sources else None,
-        source_shapes=first.source_shapes,
-    )
 
 
 class Painter:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +21,12 @@ from rlhf.evaluation import Protocol
 from rlhf.learner import LearnerConfig
 from rlhf.losses import Choice, LossConfig, check_choice
 from rlhf.monitor import MonitorConfig
-from rlhf.policies.qwen_image21 import PolicyConfig, locate_base, tokens_of
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import describe
 from rlhf.prompts import PromptSet, batch_of
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
-from rlhf.schedule import build, qwen_image21_sigmas
+from rlhf.schedule import build
 from rlhf.typed import convert
 from rlhf.types import Prompt
 
@@ -203,27 +203,22 @@ class Config:
                 f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
             )
         self.prompts.check_batch(self.prompts_per_iteration)
-        try:
-            tokens_of(self.rollout.size)
-        except ConfigError as error:
-            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         protocol = self.protocol()
         protocol.check()
         protocol.sampler.check()
 
     def check_model(self) -> None:
-        """Raise ConfigError for a base that is not there, a grid its scheduler cannot give, or a
+        """Raise ConfigError for a base that is not there, pictures and grids it cannot give, or a
         loss that is not defined for it.
         """
-        base = Path(locate_base(self.policy.model))
-        scheduler, index = base / "scheduler" / "scheduler_config.json", base / "model_index.json"
-        if not scheduler.is_file():
-            return  # a hub id: seen when it is opened
-        own = json.loads(index.read_text(encoding="utf-8")).get("sample_sigmas")
-        check_choice(self._choice(own_grid=own is not None))
-        grid = json.loads(scheduler.read_text(encoding="utf-8"))
+        base = describe(self.policy.model)
+        check_choice(self._choice(own_grid=base.own_grid))
+        try:
+            base.family.tokens(self.rollout.size, base.parts)
+        except ConfigError as error:
+            raise ConfigError(f"rollout.height and rollout.width: {error}") from None
         for sampler in (self.rollout, self.protocol().sampler):
-            sigmas = qwen_image21_sigmas(sampler.steps, tokens_of(sampler.size), grid)
+            sigmas = base.family.grid(sampler.steps, sampler.size, base.parts)
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
             build(sigmas, sampler.kernel, level, sampler.window)
 

@@ -189,13 +189,31 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> tuple[float, ...]:
     return _closed(_static_shift(np.linspace(1.0, smallest, steps), shift))
 
 
+def static_shift(scheduler_config: Mapping[str, object]) -> float:
+    """`shift` of a scheduler that moves every grid alike. Raises ConfigError for any other."""
+    _refuse_other_grids(scheduler_config)
+    for key in ("use_dynamic_shifting", "shift_terminal"):
+        if scheduler_config.get(key):
+            raise ConfigError(
+                f"expected a scheduler without {key}, got {scheduler_config[key]}: this grid is not"
+                " implemented for Stable Diffusion 3, turn it off in the checkpoint's"
+                " scheduler/scheduler_config.json"
+            )
+    return _number(scheduler_config, "shift", 1.0)
+
+
+def train_time(sigma: float | Tensor) -> Tensor:
+    """sigma * 1000 in float32, the time input of Stable Diffusion 3 in whatever dtype it runs."""
+    return torch.as_tensor(sigma, dtype=torch.float32) * 1000
+
+
 def model_time(sigma: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """The one way from sigma, a number or a tensor, to the model's time input in `dtype`.
+    """The time input of Qwen-Image-2.1 in `dtype`, of a number or a tensor.
 
     (sigma * 1000 in float32, cast to the model's dtype) / 1000. Casting sigma itself gives another
     number, up to 2e-3 apart in bfloat16.
     """
-    return (torch.as_tensor(sigma, dtype=torch.float32) * 1000).to(dtype) / 1000
+    return train_time(sigma).to(dtype) / 1000
 
 
 def _static_shift(u, shift: float):

@@ -40,3 +40,19 @@ def tiny_base(tmp_path_factory):
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """The same of Stable Diffusion 3."""
+    from rlhf.models.tiny_sd3 import random_sd3_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    random_sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["tiny_base", "tiny_sd3"], ids=["qwen21", "sd3"])
+def any_base(request):
+    """Each model family in turn: what every policy promises is tested on all of them."""
+    return request.getfixturevalue(request.param)

@@ -29,6 +29,7 @@ PAGES = (
     "panel.md",
     "own_prompts.md",
     "own_base.md",
+    "sd3.md",
     "data.md",
     "codecs.md",
     "pretraining.md",

@@ -1,10 +1,11 @@
-"""What benchmarks/panel.py and benchmarks/schemes.py make of runs: made-up rows, real judges."""
+"""What benchmarks/{panel,schemes,serving}.py make of runs: made-up rows, real judges."""
 
 import json
 
 import pytest
 
-from benchmarks import panel, schemes
+from benchmarks import panel, schemes, serving
+from rewards.types import Score, failed
 from rlhf.metrics import write_rows
 from rlhf.run import Run
 from tests.rewards.towers_tiny import tiny_judge, tiny_towers
@@ -68,3 +69,20 @@ def test_schemes_are_compared_on_guided_gains_and_shares(tmp_path):
     assert lines[3] == "| share of the advantage: fidelity | 0.75 | 0.75 |" and len(lines) == 4
     schemes.draw(done, tmp_path / "schemes.png")
     assert (tmp_path / "schemes.png").stat().st_size > 5000
+
+
+def test_an_answer_is_right_lost_or_wrong():
+    tally, truth = serving.Tally(), Score(value=0.5)
+    for said in (truth, Score(value=0.5 + 1e-6), Score(value=0.5001), failed("late")):
+        tally.see(said, truth)
+    tally.see(Score(state="na"), truth)
+    assert dict(tally.counts) == {"ok": 2, "wrong": 2, "lost": 1}
+    assert tally.worst == float("inf")
+
+
+def test_served_judges_are_asked_what_they_judge(tmp_path):
+    towers = tiny_towers(tmp_path / "towers")
+    for axis, kinds in (("consistency", {"edits"}), ("portrait", {"portraits"})):
+        pool = serving.pool(tiny_judge(towers, axis), 6)
+        assert {sample.category for sample in pool} == kinds
+        assert {sample.image.shape[1] for sample in pool} == set(serving.SIZES)

@@ -28,7 +28,8 @@ from rewards.types import JudgeCard, Sample, Score, Scores
 from rlhf.alignment import AlignmentConfig, AlignmentLearner
 from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
-from rlhf.policies.qwen_image21 import PolicyConfig, load_policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
 from rlhf.rollout import Request, RolloutWorker
 from rlhf.types import Advantages, GroupRef, Prompt, Rollouts, StepReport, Version
 

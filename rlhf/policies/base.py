@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Condition:
 
     embeds_PLD: Float[Tensor, "p l d"]
     image_slots_L: Bool[Tensor, " l"]  # True where the text holds a slot of a source picture
+    pooled_PE: Float[Tensor, "p e"] | None = None  # a vector for the whole prompt, of SD3
     sources_PMC: Float[Tensor, "p m c"] | None = None
     source_shapes: tuple[tuple[int, int, int], ...] = ()
 
@@ -33,13 +35,31 @@ class Condition:
         return self.embeds_PLD.shape[1], self.source_shapes
 
 
+def stack(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of one layout as one; the same condition again and again stays one."""
+    first = conditions[0]
+    if all(c is first for c in conditions):
+        return first
+    pooled = [c.pooled_PE for c in conditions if c.pooled_PE is not None]
+    sources = [c.sources_PMC for c in conditions if c.sources_PMC is not None]
+    return Condition(
+        embeds_PLD=torch.cat([c.embeds_PLD for c in conditions]),
+        image_slots_L=first.image_slots_L,
+        pooled_PE=torch.cat(pooled) if pooled else None,
+        sources_PMC=torch.cat(sources) if sources else None,
+        source_shapes=first.source_shapes,
+    )
+
+
 class Prefix:
-    """Keys and values of the condition tokens, opaque outside the policy that made it."""
+    """What of the condition is the same at every step, opaque outside the policy that made it. It
+    is empty where there is no such thing.
+    """
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """See `rlhf.policies.qwen_image21` for the reference implementation."""
+    """See `rlhf.policies.pipeline` for what the implementations share."""
 
     slots: Slots
 
@@ -48,7 +68,7 @@ class Policy(Protocol):
         ...
 
     def prefix(self, condition: Condition, slot: str = "train") -> Prefix:
-        """Condition keys and values under a slot's weights, with gradient where grad is enabled."""
+        """Computed under a slot's weights, with gradient where grad is enabled."""
         ...
 
     def velocity(

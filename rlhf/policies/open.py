@@ -14,7 +14,9 @@ from typing import Any
 from rlhf import checkpoint as checkpoints
 from rlhf import config as config_module
 from rlhf.errors import ConfigError
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Policy, load_policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import Run
 
 
@@ -36,7 +38,7 @@ class Opening:
 class Opened:
     """A policy whose live weights (its slot `train`) are those that were asked for."""
 
-    policy: QwenImage21Policy
+    policy: PipelinePolicy
     name: str
     slot: str
     run: Run | None = None  # the run it was opened from

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.alignment import AlignmentLearner
 from rlhf.plan import Config
-from rlhf.policies.qwen_image21 import load_policy
+from rlhf.policies.families import load_policy
 from rlhf.run import Run
 from rlhf.sampling import Sampler
 from tests.rlhf.tiny import policy_config, shake
@@ -27,8 +27,3 @@ def make_run(base, root, name, train="lora", steps=(2, 4)):
 @pytest.fixture(scope="session")
 def tiny_run(tiny_base, tmp_path_factory):
     return make_run(tiny_base, tmp_path_factory.mktemp("runs"), "tiny")
-
-
-@pytest.fixture(scope="session")
-def full_run(tiny_base, tmp_path_factory):
-    return make_run(tiny_base, tmp_path_factory.mktemp("runs"), "full", train="full", steps=(1,))

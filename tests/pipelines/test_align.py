@@ -23,8 +23,8 @@ def fails(capsys, argv) -> tuple[int, str]:
     return ended.value.code, " ".join(capsys.readouterr().err.split())
 
 
-def test_a_whole_run(tiny_base, tmp_path, capsys):
-    assert main([*arguments(tiny_base, tmp_path), "--json"]) == 0
+def test_a_whole_run(any_base, tmp_path, capsys):
+    assert main([*arguments(any_base, tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     run = tmp_path / "runs" / "tiny"
     assert result == json.loads((run / "result.json").read_text())
@@ -42,7 +42,7 @@ def test_a_whole_run(tiny_base, tmp_path, capsys):
     assert {"before.png", "after.png", "step_000002.png", "step_000004.png"} <= pictures
     assert (run / "export" / "pytorch_lora_weights.safetensors").is_file()
     assert (run / "report.html").is_file() and (run / "config.yaml").is_file()
-    code, text = fails(capsys, arguments(tiny_base, tmp_path))
+    code, text = fails(capsys, arguments(any_base, tmp_path))
     assert code == 2 and "exists" in text and "--resume" in text
 
 
@@ -90,6 +90,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_base, tmp_path, capsy
 
 GRPO = ("loss.name=grpo", "rollout.kernel=flow-sde", "rollout.steps=4")
 BAD = {
+    "a T5 too long": (("policy.t5_tokens=513",), "policy.t5_tokens: expected 0 to 512"),
     "missing checkpoint": (("policy.model=/nothing/here",), "policy.model: expected a directory"),
     "a file as a checkpoint": ((f"policy.model={__file__}",), "policy.model: expected a directory"),
     "unknown key": (("lerner.lr=1",), "did you mean 'learner'"),
@@ -216,7 +217,7 @@ def test_another_model_class_is_refused(tiny_base, tmp_path, capsys):
     index = other / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
     code, text = fails(capsys, arguments(tiny_base, tmp_path, f"policy.model={other}"))
-    assert code == 2 and "expected a QwenImage21Pipeline, got a FluxPipeline" in text
+    assert code == 2 and "StableDiffusion3Pipeline, got a FluxPipeline" in text
     assert not (tmp_path / "runs").exists()
 
 
@@ -248,13 +249,23 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tiny_base,
     assert not all(torch.equal(exported[n], train[n]) for n in train)
 
 
-def test_a_damaged_model_is_refused(tiny_base, tmp_path, capsys):
+def test_a_damaged_model_is_refused(any_base, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(tiny_base, other)
+    shutil.copytree(any_base, other)
     shutil.rmtree(other / "transformer")
-    code, text = fails(capsys, arguments(tiny_base, tmp_path, f"policy.model={other}"))
+    code, text = fails(capsys, arguments(any_base, tmp_path, f"policy.model={other}"))
     assert code == 2 and "could not open" in text
     assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_are_refused_by_the_family_before_anything_loads(tiny_sd3, tmp_path, capsys):
+    for changes, words in (
+        (("rollout.width=72",), "rollout.height and rollout.width: expected a height and width"),
+        (("rollout.height=48", "rollout.width=1024"), "at most 512"),
+    ):
+        code, text = fails(capsys, arguments(tiny_sd3, tmp_path, *changes))
+        assert code == 2 and words in text
+        assert not (tmp_path / "runs").exists()
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path, capsys):

@@ -15,7 +15,8 @@ from rlhf.flow import flow_matching, mixed_precision
 from rlhf.learner import LearnerConfig
 from rlhf.models import autoencoder as ae
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
-from rlhf.policies.qwen_image21 import PolicyConfig, load_policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
 from rlhf.training import Pace
 
 

@@ -16,7 +16,8 @@ from pipelines.pretrain import Config
 from rlhf import checkpoint, config
 from rlhf.errors import ConfigError
 from rlhf.flow import flow_matching
-from rlhf.policies.qwen_image21 import PolicyConfig, load_policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipelines.cli"]

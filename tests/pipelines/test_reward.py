@@ -136,6 +136,20 @@ def test_an_edit_under_another_instruction_pleases_nobody(tmp_path):
             assert first[0].prompt != second[0].prompt
 
 
+def test_a_share_of_training_asks_in_more_words(tmp_path):
+    asked = {}
+    for rich in (0.0, 1.0):
+        given = CollectConfig(
+            out=str(tmp_path / str(rich)), drawn={"train": 3, "dev": 1}, sampled={}, rich=rich
+        )
+        collect(given)
+        asked[rich] = [
+            {r.prompt for r in load_judgements(given.out, split)} for split in ("train", "dev")
+        ]
+    assert min(map(len, asked[1.0][0])) > max(map(len, asked[0.0][0]))
+    assert asked[1.0][1] == asked[0.0][1]
+
+
 # --- train ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,17 @@ from rlhf.errors import ConfigError, ReplayMismatch
 from rlhf.losses import LOSSES, kernels_of, transition_log_prob
 from rlhf.rollout import RolloutWorker
 from rlhf.types import Advantages, Trajectory
-from tests.rlhf.tiny import alignment, make_policy, picture, request, same, sampler, shake, snapshot
+from tests.rlhf.tiny import (
+    alignment,
+    make_policy,
+    noises,
+    picture,
+    request,
+    same,
+    sampler,
+    shake,
+    snapshot,
+)
 
 RATIO = tuple(name for name, loss in LOSSES.items() if loss.form)
 GROUPS, SIZE = 2, 4
@@ -57,8 +67,8 @@ def advantages(live=None):
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "whole"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("loss", ["grpo", "guard"])
-def test_replay_at_the_rollouts_geometry_is_bit_equal(tiny_base, loss, guidance, cached):
-    pair = Pair(tiny_base, loss, guidance, cached=cached)
+def test_replay_at_the_rollouts_geometry_is_bit_equal(any_base, loss, guidance, cached):
+    pair = Pair(any_base, loss, guidance, cached=cached)
     policy = pair.learner.policy
     for got in pair.roll():
         t, grid = got.trajectory, got.schedule
@@ -79,20 +89,20 @@ def test_replay_at_the_rollouts_geometry_is_bit_equal(tiny_base, loss, guidance,
         assert (t.velocity_KGNC is not None) == ("velocity" in pair.loss.requires)
 
 
-def test_sampling_is_repeatable_from_the_seeds(tiny_base):
-    pair = Pair(tiny_base, "grpo")
+def test_sampling_is_repeatable_from_the_seeds(any_base):
+    pair = Pair(any_base, "grpo")
     first, second = pair.roll(), pair.roll()
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.x0_GNC, b.x0_GNC) and torch.equal(a.pixels, b.pixels)
         assert torch.equal(a.trajectory.logp_KG, b.trajectory.logp_KG)
 
 
-def test_a_step_of_the_rollout_is_the_kernel_at_the_recorded_noise(tiny_base):
-    pair = Pair(tiny_base, "grpo", guidance=1.0)
+def test_a_step_of_the_rollout_is_the_kernel_at_the_recorded_noise(any_base):
+    pair = Pair(any_base, "grpo", guidance=1.0)
     got = pair.roll()[0]
     t, policy = got.trajectory, pair.learner.policy
     condition = policy.encode(got.ref.prompt.text)
-    z = torch.stack([noise.step_noise(s, 0, (16, 64)) for s in got.ref.seeds])
+    z = torch.stack([noise.step_noise(s, 0, policy.latent_shape((64, 64))) for s in got.ref.seeds])
     with torch.no_grad():
         v = policy.velocity(
             t.x_KGNC[0], torch.ones(SIZE), condition, size=(64, 64), prefix=policy.prefix(condition)
@@ -109,8 +119,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("loss, kernel, guidance, train", CASES)
-def test_the_first_ratio_is_one_at_the_training_geometry(tiny_base, loss, kernel, guidance, train):
-    pair = Pair(tiny_base, loss, guidance, train_guidance=train, kernel=kernel)
+def test_the_first_ratio_is_one_at_the_training_geometry(any_base, loss, kernel, guidance, train):
+    pair = Pair(any_base, loss, guidance, train_guidance=train, kernel=kernel)
     before = pair.train()
     for iteration in (1, 2):
         metrics = pair.learner.update(pair.roll(iteration), advantages()).metrics
@@ -120,8 +130,8 @@ def test_the_first_ratio_is_one_at_the_training_geometry(tiny_base, loss, kernel
     assert not same(before, pair.train())
 
 
-def test_other_weights_than_the_rollouts_are_noticed(tiny_base):
-    pair = Pair(tiny_base, "grpo")
+def test_other_weights_than_the_rollouts_are_noticed(any_base):
+    pair = Pair(any_base, "grpo")
     got = pair.roll()
     shake(pair.learner.policy, seed=9, size=0.02)  # behaviour, and so the version, stay
     before = pair.train()
@@ -130,9 +140,9 @@ def test_other_weights_than_the_rollouts_are_noticed(tiny_base):
     assert same(before, pair.train())
 
 
-def test_another_dtype_than_the_rollouts_is_noticed_and_replay_mode_bridges_it(tiny_base):
+def test_another_dtype_than_the_rollouts_is_noticed_and_replay_mode_bridges_it(any_base):
     for mode in ("rollout", "replay"):
-        pair = Pair(tiny_base, "grpo", worker_dtype="bfloat16", old_logp=mode)
+        pair = Pair(any_base, "grpo", worker_dtype="bfloat16", old_logp=mode)
         got = pair.roll()
         if mode == "rollout":
             with pytest.raises(ReplayMismatch, match="old_logp=replay"):
@@ -143,11 +153,11 @@ def test_another_dtype_than_the_rollouts_is_noticed_and_replay_mode_bridges_it(t
 
 
 @pytest.mark.parametrize("loss", ["grpo", "guard", "dppo"])
-def test_replay_mode_trains_as_the_stored_log_probs_do(tiny_base, loss):
+def test_replay_mode_trains_as_the_stored_log_probs_do(any_base, loss):
     """The old log-prob is of the weights before the first update, also at the later ones."""
     ends = []
     for mode in ("rollout", "replay"):
-        pair = Pair(tiny_base, loss, old_logp=mode, updates_per_rollout=3)
+        pair = Pair(any_base, loss, old_logp=mode, updates_per_rollout=3)
         for iteration in (1, 2):
             metrics = pair.learner.update(pair.roll(iteration), advantages()).metrics
         ends.append((pair.train(), metrics["ratio/mean"]))
@@ -177,10 +187,10 @@ def test_log_probs_of_edits_are_computed_again_with_their_source(tiny_base, tmp_
 # --- w = 1 ----------------------------------------------------------------------------------------
 
 
-def test_unguided_plain_recentred_and_ordinary_are_one(tiny_base):
+def test_unguided_plain_recentred_and_ordinary_are_one(any_base):
     ends, stored = [], []
     for loss in ("grpo", "grpo-recentred"):
-        pair = Pair(tiny_base, loss, guidance=1.0)
+        pair = Pair(any_base, loss, guidance=1.0)
         got = pair.roll()
         assert all(r.stats["nfe"] == SIZE * pair.sampler.steps for r in got)  # no second branch
         stored.append(got[0].trajectory.logp_KG)
@@ -190,10 +200,10 @@ def test_unguided_plain_recentred_and_ordinary_are_one(tiny_base):
     assert same(*ends) and torch.equal(*stored)
 
 
-def test_guided_forms_differ_and_count_both_branches(tiny_base):
+def test_guided_forms_differ_and_count_both_branches(any_base):
     logps = []
     for loss in ("grpo", "grpo-recentred"):
-        pair = Pair(tiny_base, loss, guidance=3.0)
+        pair = Pair(any_base, loss, guidance=3.0)
         got = pair.roll()[0]
         assert got.stats["nfe"] == 2 * SIZE * pair.sampler.steps
         logps.append(got.trajectory.logp_KG)
@@ -237,11 +247,11 @@ SPOILT = [*((loss, NAN) for loss in LOSSES), ("nft", INF), ("grpo", INF), ("guar
 
 
 @pytest.mark.parametrize("loss, value", SPOILT)
-def test_what_is_not_live_changes_no_weight(tiny_base, loss, value):
+def test_what_is_not_live_changes_no_weight(any_base, loss, value):
     live = torch.tensor([[True, False, True, True], [False, True, True, False]])
     ends = []
     for spoiled in (False, True):
-        pair = Pair(tiny_base, loss, updates_per_rollout=3, kl=0.1, kl_ema=0.1, ema=0.5)
+        pair = Pair(any_base, loss, updates_per_rollout=3, kl=0.1, kl_ema=0.1, ema=0.5)
         for iteration in (1, 2):
             got, judged = pair.roll(iteration), advantages(live)
             if spoiled:
@@ -254,12 +264,12 @@ def test_what_is_not_live_changes_no_weight(tiny_base, loss, value):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_group_without_live_samples_changes_no_weight(tiny_base, loss):
+def test_a_group_without_live_samples_changes_no_weight(any_base, loss):
     """Its micro-batch is as if it were not there, whatever it holds."""
     live = torch.tensor([[True] * 4, [False] * 4])
     ends = []
     for spoiled in (False, True):
-        pair = Pair(tiny_base, loss)
+        pair = Pair(any_base, loss)
         got = pair.roll()
         got = spoil(got, live, NAN) if spoiled else got[:1]
         judged = advantages(live)
@@ -271,8 +281,8 @@ def test_a_group_without_live_samples_changes_no_weight(tiny_base, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_live_changes_nothing_even_with_momentum(tiny_base, loss):
-    pair = Pair(tiny_base, loss)
+def test_nothing_live_changes_nothing_even_with_momentum(any_base, loss):
+    pair = Pair(any_base, loss)
     pair.learner.update(pair.roll(1), advantages())
     before, (moments, counters) = pair.train(), pair.learner.learner.state()
     report = pair.learner.update(
@@ -290,24 +300,25 @@ def test_nothing_live_changes_nothing_even_with_momentum(tiny_base, loss):
 
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
-def test_what_is_frozen_is_byte_identical_after_training(tiny_base, loss):
-    pair = Pair(tiny_base, loss, kl=0.1)
+def test_what_is_frozen_is_byte_identical_after_training(any_base, loss):
+    pair = Pair(any_base, loss, kl=0.1)
     policy = pair.learner.policy
-    parts = (policy.pipeline.vae, policy.pipeline.text_encoder, policy.transformer)
+    found = policy.pipeline.components.items()
+    parts = {n: part for n, part in found if isinstance(part, torch.nn.Module)}
 
     def frozen():
         names = set(policy.slots.parameters)
         out = {f"reference/{n}": t.clone() for n, t in policy.slots.tensors("reference").items()}
-        for i, part in enumerate(parts):
-            for name, tensor in part.state_dict().items():
-                if i < 2 or name not in names:
-                    out[f"{i}/{name}"] = tensor.clone()
+        for part, module in parts.items():
+            for name, tensor in module.state_dict().items():
+                if part != "transformer" or name not in names:
+                    out[f"{part}/{name}"] = tensor.clone()
         return out
 
     before, train = frozen(), pair.train()
     with torch.no_grad():
         condition = policy.encode("a red circle")
-        x = noise.initial_noise(1, (16, 64))[None]
+        x = noises(policy, [1])
         call = dict(size=(64, 64), slot="reference")
         v = policy.velocity(x, torch.ones(1), condition, **call)
     for iteration in (1, 2):
@@ -320,8 +331,8 @@ def test_what_is_frozen_is_byte_identical_after_training(tiny_base, loss):
 # --- the behaviour slot ---------------------------------------------------------------------------
 
 
-def test_nft_behaviour_lags_behind_train_as_documented(tiny_base):
-    pair = Pair(tiny_base, "nft", updates_per_rollout=3, lag_rate=0.3, lag_max=0.5)
+def test_nft_behaviour_lags_behind_train_as_documented(any_base):
+    pair = Pair(any_base, "nft", updates_per_rollout=3, lag_rate=0.3, lag_max=0.5)
     slots = pair.learner.policy.slots
     assert same(slots.tensors("behaviour"), slots.tensors("train"))
     for iteration, kept in ((1, 0.3), (2, 0.5), (3, 0.5)):
@@ -335,8 +346,8 @@ def test_nft_behaviour_lags_behind_train_as_documented(tiny_base):
 
 
 @pytest.mark.parametrize("loss", RATIO)
-def test_ratio_losses_roll_out_with_what_was_just_trained(tiny_base, loss):
-    pair = Pair(tiny_base, loss, updates_per_rollout=2)
+def test_ratio_losses_roll_out_with_what_was_just_trained(any_base, loss):
+    pair = Pair(any_base, loss, updates_per_rollout=2)
     slots = pair.learner.policy.slots
     for iteration in (1, 2):
         behaviour = snapshot(pair.learner.policy, "behaviour")
@@ -345,10 +356,10 @@ def test_ratio_losses_roll_out_with_what_was_just_trained(tiny_base, loss):
         assert not same(behaviour, slots.tensors("behaviour"))
 
 
-def test_each_update_of_a_rollout_is_an_optimiser_step_and_draws_its_own_noise(tiny_base):
+def test_each_update_of_a_rollout_is_an_optimiser_step_and_draws_its_own_noise(any_base):
     ends = {}
     for updates in (1, 2, 3):
-        pair = Pair(tiny_base, "nft", updates_per_rollout=updates)
+        pair = Pair(any_base, "nft", updates_per_rollout=updates)
         pair.learner.update(pair.roll(), advantages())
         assert pair.learner.learner.steps == updates
         ends[updates] = pair.train()
@@ -359,9 +370,9 @@ def test_each_update_of_a_rollout_is_an_optimiser_step_and_draws_its_own_noise(t
 
 
 @pytest.mark.parametrize("form", ["velocity", "gaussian"])
-def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(tiny_base, form):
+def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(any_base, form):
     """Against torch.distributions, on the rollouts the loss saw."""
-    pair = Pair(tiny_base, "grpo", kl=0.1, kl_form=form, updates_per_rollout=1)
+    pair = Pair(any_base, "grpo", kl=0.1, kl_form=form, updates_per_rollout=1)
     got, policy, want = pair.roll(), pair.learner.policy, 0.0
     for one in got:
         t, grid = one.trajectory, one.schedule
@@ -385,11 +396,11 @@ def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(tiny_base, form):
 
 @pytest.mark.parametrize("form", ["velocity", "gaussian"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_kl_alone_pulls_the_weights_back(tiny_base, loss, form):
+def test_a_kl_alone_pulls_the_weights_back(any_base, loss, form):
     """Without advantages the penalty is the whole gradient; turned round, it would drive away."""
     if form == "gaussian" and LOSSES[loss].form is None:
         return  # not defined
-    pair = Pair(tiny_base, loss, kl=10.0, kl_form=form, updates_per_rollout=4, lr=1e-3)
+    pair = Pair(any_base, loss, kl=10.0, kl_form=form, updates_per_rollout=4, lr=1e-3)
     still = replace(advantages(), value_PG=torch.zeros(GROUPS, SIZE))
     rows = [pair.learner.update(pair.roll(i), still).metrics for i in (1, 2, 3)]
     assert rows[0]["grad_norm"] > 0
@@ -449,12 +460,12 @@ def test_what_the_diagnostics_measure_is_nothing_at_the_reference_and_grows_away
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 @pytest.mark.parametrize("first_live", [True, False], ids=["trained", "nothing learnt yet"])
-def test_a_learner_continues_bit_for_bit_from_its_checkpoint(tiny_base, tmp_path, loss, first_live):
-    pair = Pair(tiny_base, loss, ema=0.9)
+def test_a_learner_continues_bit_for_bit_from_its_checkpoint(any_base, tmp_path, loss, first_live):
+    pair = Pair(any_base, loss, ema=0.9)
     live = torch.full((GROUPS, SIZE), first_live)
     pair.learner.update(pair.roll(1), advantages(live))
     pair.learner.save(tmp_path, 1, 1, 0, None)
-    other = Pair(tiny_base, loss, ema=0.9)
+    other = Pair(any_base, loss, ema=0.9)
     shake(other.learner.policy, seed=4)
     assert other.learner.load(tmp_path / "step_000001") == 1
     for one in (pair, other):
@@ -467,8 +478,8 @@ def test_a_learner_continues_bit_for_bit_from_its_checkpoint(tiny_base, tmp_path
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def test_a_ratio_loss_without_a_trajectory_is_refused(tiny_base):
-    pair = Pair(tiny_base, "grpo")
+def test_a_ratio_loss_without_a_trajectory_is_refused(any_base):
+    pair = Pair(any_base, "grpo")
     got = [replace(one, trajectory=None) for one in pair.roll()]
     with pytest.raises(ConfigError, match="needs the trajectory"):
         pair.learner.update(got, advantages())

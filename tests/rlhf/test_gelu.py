@@ -7,7 +7,8 @@ import torch
 
 from rlhf.models import tiny
 from rlhf.models.gelu import GeluShiftTransformer2DModel, QwenImage21Transformer2DModel
-from rlhf.policies.qwen_image21 import PolicyConfig, QwenImage21Pipeline, QwenImage21Policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.qwen_image21 import QwenImage21Pipeline, QwenImage21Policy
 from tests.rlhf.tiny import TEXTS, picture
 
 SIZE = dict(layers=2, heads=2, head_dim=32, context=64)

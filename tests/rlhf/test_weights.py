@@ -9,8 +9,7 @@ import torch
 from rlhf import weights
 from rlhf.alignment import AlignmentLearner
 from rlhf.errors import AlignError, CheckpointError, HandoverError, StaleRollouts
-from rlhf.models.tiny import random_pipeline
-from rlhf.policies.qwen_image21 import QwenImage21Policy
+from rlhf.policies.families import family_of
 from rlhf.rollout import RolloutWorker
 from rlhf.types import Advantages
 from tests.rlhf.tiny import (
@@ -22,19 +21,20 @@ from tests.rlhf.tiny import (
     sampler,
     shake,
     snapshot,
+    stock_pipeline,
 )
 
 
 @pytest.fixture
-def learner(tiny_base):
-    policy = make_policy(tiny_base)
+def learner(any_base):
+    policy = make_policy(any_base)
     shake(policy)
     return AlignmentLearner(policy, alignment())
 
 
 @pytest.fixture
-def worker(tiny_base):
-    return RolloutWorker(make_policy(tiny_base))
+def worker(any_base):
+    return RolloutWorker(make_policy(any_base))
 
 
 def test_checksum_sees_every_bit_name_shape_and_type():
@@ -94,12 +94,12 @@ def test_a_failed_bind_forgets_the_version_before(learner, worker):
         worker.rollout(ref, request(1, sampler()))
 
 
-def test_nothing_to_bind_is_an_error(learner, worker, tiny_base):
+def test_nothing_to_bind_is_an_error(learner, worker, any_base):
     handover = learner.publish("train")
     with pytest.raises(HandoverError, match="got none"):
         worker.bind(replace(handover, arrays={}))
     with pytest.raises(CheckpointError):
-        RolloutWorker(make_policy(tiny_base, train="none")).bind(handover)
+        RolloutWorker(make_policy(any_base, train="none")).bind(handover)
 
 
 def test_missing_or_renamed_tensors_are_refused(learner, worker):
@@ -112,8 +112,11 @@ def test_missing_or_renamed_tensors_are_refused(learner, worker):
             worker.bind(replace(handover, arrays=arrays))
 
 
-def test_another_base_under_the_same_adapters_is_refused(learner, tiny_base):
-    other = QwenImage21Policy(random_pipeline(seed=1), policy_config(tiny_base))
+def test_another_base_under_the_same_adapters_is_refused(learner, any_base):
+    made = stock_pipeline(any_base)
+    with torch.no_grad():
+        next(made.transformer.parameters()).mul_(1.1)
+    other = family_of(str(any_base))(made, policy_config(any_base))
     with pytest.raises(HandoverError, match="another base"):
         RolloutWorker(other).bind(learner.publish("train"))
 

@@ -3,15 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline, QwenImage21Pipeline
 
+from rlhf import noise
 from rlhf.alignment import AlignmentConfig, LossConfig
 from rlhf.cluster.base import ClusterConfig, Recipe
 from rlhf.learner import LearnerConfig
 from rlhf.losses import LOSSES
-from rlhf.policies.qwen_image21 import Lora, PolicyConfig, QwenImage21Policy, load_policy
+from rlhf.policies.config import Lora, PolicyConfig
+from rlhf.policies.families import load_policy
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.rollout import Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.types import Prompt
@@ -22,22 +27,71 @@ WINDOW = dict(kernel="flow-sde", noise_level=0.7, window=(0, 2))
 
 
 def policy_config(base: Path, train: str = "lora", **changes) -> PolicyConfig:
-    return PolicyConfig(model=str(base), train=train, lora=Lora(rank=4, alpha=8), **changes)
+    known = dict(t5_tokens=16)  # 256, the default, is slow here
+    lora = Lora(rank=4, alpha=8)
+    return PolicyConfig(model=str(base), train=train, lora=lora, **(known | changes))
 
 
-def make_policy(base: Path, train: str = "lora", **changes) -> QwenImage21Policy:
+def make_policy(base: Path, train: str = "lora", **changes) -> PipelinePolicy:
     return load_policy(policy_config(base, train, **changes))
 
 
+def stock_pipeline(base: Path, **parts) -> Any:
+    """The pipeline as its users open it."""
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @torch.no_grad()
-def shake(policy: QwenImage21Policy, seed: int = 1, size: float = 0.05) -> None:
+def drawn(pipeline, policy, text, seed, size, guidance, steps=4, **extra):
+    """What the stock pipeline makes from our initial noise: packed latents (N, C), and a picture
+    (3, H, W).
+    """
+    x = noise.initial_noise(seed, policy.latent_shape(size))[None]
+    flat = isinstance(pipeline, QwenImage21Pipeline)  # takes packed latents; SD3 takes (C, H, W)
+    made = [
+        pipeline(
+            text,
+            negative_prompt="" if guidance > 1 else None,
+            num_inference_steps=steps,
+            height=size[0],
+            width=size[1],
+            latents=x.clone() if flat else x.transpose(1, 2).unflatten(2, (size[0] // 8, -1)),
+            output_type=output,
+            **(
+                {"true_cfg_scale": guidance}
+                if flat
+                else {"guidance_scale": guidance, "max_sequence_length": policy.config.t5_tokens}
+            ),
+            **extra,
+        ).images[0]
+        for output in ("latent", "pil")
+    ]
+    latent = made[0] if flat else made[0].flatten(1).T
+    return latent, np.asarray(made[1])[..., :3].transpose(2, 0, 1)
+
+
+def close_pictures(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equal but for latents 1e-4 apart, rounded to either side."""
+    gap = np.abs(one.astype(int) - other.astype(int))
+    return gap.max() <= 1 and (gap > 0).mean() < 1e-3
+
+
+def noises(policy: PipelinePolicy, seeds, size=(64, 64)) -> torch.Tensor:
+    """Initial noise of the seeds, packed."""
+    return torch.stack([noise.initial_noise(s, policy.latent_shape(size)) for s in seeds])
+
+
+@torch.no_grad()
+def shake(policy: PipelinePolicy, seed: int = 1, size: float = 0.05) -> None:
     """Random train weights, so that LoRA does something."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.slots.parameters.values():
         parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def snapshot(policy: QwenImage21Policy, slot: str = "train") -> dict[str, torch.Tensor]:
+def snapshot(policy: PipelinePolicy, slot: str = "train") -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in policy.slots.tensors(slot).items()}
 
 
@@ -120,6 +174,7 @@ def arguments(base: Path, folder: Path, *more: str) -> list[str]:
         f"policy.model={base}",
         "policy.lora.rank=4",
         "policy.lora.alpha=8",
+        "policy.t5_tokens=16",
         "iterations=4",
         "prompts_per_iteration=2",
         "group_size=4",
