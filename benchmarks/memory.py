@@ -32,8 +32,8 @@ from rlhf.run import machine
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
     "name=memory", "policy.lora.rank=4", "prompts_per_iteration=2", "group_size=4",
-    "rollout.steps=3", "loss.updates_per_rollout=1", "prompts.source=scenes/objects/1@train",
-    "prompts.count=64", "evaluation.prompts.source=scenes/objects/1@align-heldout",
+    "rollout.steps=3", "loss.updates_per_rollout=1", "prompts.source=scenes/objects/2@train",
+    "prompts.count=1000", "evaluation.prompts.source=scenes/objects/1@align-heldout",
     "evaluation.prompts.count=2", "evaluation.per_prompt=1", "evaluation.steps=2",
     "evaluation.every=20", "checkpoints.every=20", "cluster.kind=ray", "cluster.rollout_workers=2",
     "cluster.learner_threads=1", "monitor.pictures=true",
