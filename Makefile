@@ -1,4 +1,4 @@
-# Targets: demo test lint mutants bench clean. Each builds .venv on first use.
+# Targets: demo test lint mutants chaos bench clean. Each builds .venv on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint mutants bench clean
+.PHONY: demo test lint mutants chaos bench clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf align --config align/scenes
@@ -28,6 +28,9 @@ test: lint
 
 mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos
 
 bench: $(STAMP)
 	$(BIN)/rlhf bench step --config bench/step

@@ -21,9 +21,9 @@ from rlhf import checkpoint, page
 from rlhf.bare import work_of
 from rlhf.cluster import make_cluster
 from rlhf.cluster.base import Cluster
-from rlhf.errors import Interrupted, RewardHacked
+from rlhf.errors import Interrupted, LearnerLost, RewardHacked
 from rlhf.evaluation import Evaluation, Measured, evaluate, gains
-from rlhf.loop import align
+from rlhf.loop import align, align_overlapped
 from rlhf.metrics import MetricsLog
 from rlhf.monitor import Monitor
 from rlhf.plan import Config, Plan
@@ -131,7 +131,23 @@ def progress_line(iteration: int, total: int, row: Mapping[str, float]) -> str:
 
 
 def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Align, evaluate before and after, write result.json and report.html; returns the result."""
+    """Align, evaluate before and after, write result.json and report.html; returns the result.
+
+    When a learner is lost, the run goes on from its last checkpoint, `cluster.restarts` times.
+    """
+    left = config.cluster.restarts
+    while True:
+        try:
+            return _run(config, resume)
+        except LearnerLost as error:
+            home = resume or Path(config.runs) / config.name
+            if not left or not (home / "config.yaml").is_file():
+                raise
+            Console(stderr=True).print(f"{error}: goes on by itself", style="yellow")
+            left, resume = left - 1, home
+
+
+def _run(config: Config, resume: Path | None) -> dict[str, Any]:
     began, config = time.monotonic(), config.resolved()
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     batch_of(prompts, config.prompts_per_iteration, 1, config.seed, config.prompts.shares())
@@ -152,8 +168,8 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
         before = load_evaluation(home) or save_evaluation(
             home, recorder.measure("reference", "before")
         )
-        align(cluster, plan, recorder, done)
-        slot = config.evaluation.slot
+        loop, slot = align_overlapped if config.staleness else align, config.evaluation.slot
+        loop(cluster, plan, recorder, done)
         after = recorder.latest if done < config.iterations else recorder.measure(slot, "after")
         assert after is not None
         last = home.samples / f"step_{config.iterations:06d}.png"
@@ -238,5 +254,5 @@ def memory(config: Config) -> str:
         return "unknown before the base is downloaded"
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2**20
     width = 4 if config.policy.dtype == "float32" else 2
-    copies = config.cluster.rollout_workers + 1
+    copies = config.cluster.rollout_workers + config.cluster.learners
     return f"{size * width / 2:.1f} MiB of weights in each of {copies} processes, activations apart"

@@ -6,6 +6,8 @@ of the cluster with its judges, decoder, optimiser and hand-over. Both are measu
 their medians compared; `bench/efficiency` is bare over real.
 
 `bench/ray_overhead`: one rollout worker and the learner on Ray, over the same in this process, - 1.
+
+`rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rich.progress import Progress
 
 from rlhf import config as config_module
 from rlhf.bare import builder, work_of
-from rlhf.cluster import make_cluster
+from rlhf.cluster import make_cluster, room_for
 from rlhf.cluster.base import Cluster, ClusterConfig
 from rlhf.cluster.pool import Here, Pool, Workers
 from rlhf.errors import ConfigError
@@ -57,6 +59,23 @@ class StepConfig:
     def target(self) -> AlignConfig:
         """The configuration that is timed. Raises ConfigError."""
         return config_module.load(AlignConfig, self.align, self.overrides, "align")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig(StepConfig):
+    """See StepConfig; the rollout workers of the configuration are compared with one."""
+
+    repeats: int = 8
+
+    def check(self) -> None:
+        StepConfig.check(self)
+        c = self.target().cluster
+        if c.kind != "ray" or c.rollout_workers < 2:
+            raise ConfigError(
+                f"{self.align}: expected two rollout workers or more on Ray, got"
+                f" cluster.kind={c.kind} and cluster.rollout_workers={c.rollout_workers}: write"
+                " overrides='[cluster.rollout_workers=2]'"
+            )
 
 
 @dataclass
@@ -104,6 +123,20 @@ class Bench:
         """Run iteration `number` on every cluster, one after the other."""
         for name, cluster in self._clusters.items():
             align(cluster, replace(self.plan, iterations=number), self.watches[name], number - 1)
+
+    def rollouts(self, number: int) -> dict[str, float]:
+        """Seconds of the rollout phase of iteration `number` on every cluster, one after the other.
+        Judges are waited for in between.
+        """
+        seconds = {}
+        for name, cluster in self._clusters.items():
+            version, request = cluster.publish("behaviour"), self.plan.request(number)
+            began = time.monotonic()
+            refs = cluster.rollout(request, version)
+            seconds[name] = time.monotonic() - began
+            cluster.score(refs)
+            cluster.release(refs)
+        return seconds
 
 
 @dataclass
@@ -154,36 +187,86 @@ def step(config: StepConfig) -> dict[str, Any]:
         metrics = _efficiency(target, config.repeats, advance)
         if config.overhead:
             metrics |= _overhead(target, config.repeats, advance)
+    return _kept(config, "bench step", began, metrics)
+
+
+def scaling(config: ScalingConfig) -> dict[str, Any]:
+    """Measure the rollout phase; returns the figures. Raises ConfigError, and what a cluster
+    raises.
+    """
+    began, target = time.monotonic(), config.target()
+    many = target.cluster.rollout_workers
+    clusters = {str(n): replace(target.cluster, rollout_workers=n) for n in (1, many)}
+    with room_for(*clusters.values()), Bench(target, clusters) as bench:
+        taken = [bench.rollouts(number) for number in range(1, config.repeats + 2)][1:]
+    one, all_ = (statistics.median(seconds[str(n)] for seconds in taken) for n in (1, many))
+    figures = {
+        "bench/rollout/speedup": one / all_,
+        "bench/rollout/one_seconds": one,
+        "bench/rollout/all_seconds": all_,
+    }
+    table: dict[str, dict[str, float | int]] = {
+        name: {"value": value, "n": config.repeats} for name, value in figures.items()
+    }
+    table["bench/rollout/workers"] = {"value": many}
+    return _kept(config, "bench scaling", began, table, seconds_by_repeat=taken)
+
+
+def _kept(
+    config: StepConfig, program: str, began: float, metrics: Mapping[str, Any], **extra: Any
+) -> dict[str, Any]:
+    """The result of a program, in its file too if one is asked for."""
     result = report(
-        "bench step",
+        program,
         time.monotonic() - began,
         metrics,
         align=config.align,
         overrides=list(config.overrides),
-        cluster=config_module.to_dict(target.cluster),
+        cluster=config_module.to_dict(config.target().cluster),
         machine=machine(),
+        **extra,
     )
     if config.out:
         atomic_write_text(Path(config.out), json_text(result))
     return result
 
 
+def plan_scaling(config: ScalingConfig) -> str:
+    """What is timed, for --dry-run."""
+    c = config.target()
+    return (
+        f"{config.repeats + 1} times: {c.prompts_per_iteration} groups of {c.group_size} with 1 and"
+        f" with {c.cluster.rollout_workers} workers of {c.cluster.rollout_threads} threads"
+    )
+
+
+def summarise_scaling(result: Mapping[str, Any]) -> str:
+    """Seconds and their ratio."""
+    value = {name.split("/")[-1]: m["value"] for name, m in result["metrics"].items()}
+    return (
+        f"rollout phase: {value['one_seconds']:.2f} s with one worker,"
+        f" {value['all_seconds']:.2f} s with {value['workers']:.0f}:"
+        f" {value['speedup']:.2f} times as fast"
+    )
+
+
 def _efficiency(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:
-    with BareTimes(config) as bare, Bench(config, {"real": config.cluster}) as bench:
+    real = {"real": config.cluster}
+    with room_for(config.cluster), BareTimes(config) as bare, Bench(config, real) as bench:
         for number in range(1, repeats + 2):
             bare.iteration(bench.plan, number)
             bench.iteration(number)
             advance()
         rollout, train = (statistics.median(times[1:]) for times in (bare.rollout, bare.train))
         counts = bare.work.counts()
-        real = {phase: bench.watches["real"].seconds(phase) for phase in PHASES}
+        taken = {phase: bench.watches["real"].seconds(phase) for phase in PHASES}
     figures: dict[str, float] = {
-        "bench/efficiency": (rollout + train) / real["total"],
+        "bench/efficiency": (rollout + train) / taken["total"],
         "bench/bare_seconds": rollout + train,
-        "bench/real_seconds": real["total"],
+        "bench/real_seconds": taken["total"],
         "bench/rollout/bare_seconds": rollout,
         "bench/train/bare_seconds": train,
-        **{f"bench/{p}/real_seconds": real[p] for p in PHASES if p != "total"},
+        **{f"bench/{p}/real_seconds": taken[p] for p in PHASES if p != "total"},
     }
     table: dict[str, dict[str, float | int]] = {
         name: {"value": value, "n": repeats} for name, value in figures.items()

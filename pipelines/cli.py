@@ -103,6 +103,12 @@ PROGRAMS = (
         resumable=True,
     ),
     Program(
+        "submit",
+        "run a command as a job of a Ray cluster",
+        ("rlhf submit 'align --config align/scenes runs=/shared/runs' address=http://head:8265",),
+        positional="command",
+    ),
+    Program(
         "generate",
         "make pictures from prompts",
         ('rlhf generate prompt="a red circle" model=scenes', "rlhf generate model=runs/scenes"),
@@ -175,6 +181,7 @@ PROGRAMS = (
         "time one iteration against the forwards and backwards it needs",
         ("rlhf bench step --config bench/step", "rlhf bench step --config bench/step --json"),
     ),
+    Program("bench scaling", "time rollouts with one worker and several", ("rlhf bench scaling",)),
     Program(
         "reward serve",
         "serve judges over HTTP",

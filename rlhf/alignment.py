@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewards import images
 from rlhf import checkpoint, kernels, noise, weights
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError, ReplayMismatch, StaleRollouts
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.losses import (
@@ -51,14 +52,19 @@ class AlignmentConfig:
     ema: float = 0.0
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    staleness: int = 0  # updates that rollouts may be older than the weights they train
 
 
 class AlignmentLearner:
-    """Owns the policy's slots. `behaviour` is what rollouts use; it starts equal to `train`."""
+    """Owns the policy's slots. `behaviour` is what rollouts use; it starts equal to `train`.
 
-    def __init__(self, policy: Policy, config: AlignmentConfig) -> None:
-        self.policy, self.config = policy, config
-        self.learner = Learner(policy.slots.parameters, config.learner)
+    With staleness, `behaviour/<step>` are what it was after earlier updates. With several ranks
+    `update`, `save` and `load` are called on all of them, and figures are those of the whole batch.
+    """
+
+    def __init__(self, policy: Policy, config: AlignmentConfig, ranks: Ranks = ALONE) -> None:
+        self.policy, self.config, self.ranks = policy, config, ranks
+        self.learner = Learner(policy.slots.parameters, config.learner, ranks)
         self.iteration = 0
         self._replayed: dict[int, tuple[Tensor, Tensor | None]] = {}  # see `_old`, by group
         policy.slots.copy("train", "behaviour")
@@ -69,17 +75,24 @@ class AlignmentLearner:
 
     def publish(self, slot: str) -> weights.Handover:
         """A slot for the rollout workers, with its checksum and probe."""
-        return weights.prepare(self.policy, slot, self.iteration)
+        _, _, step = slot.partition("behaviour/")
+        if step and slot not in self.policy.slots.names:
+            raise ConfigError(
+                f"the weights that samples were made with after update {step} are not there: the"
+                " checkpoint was written at a smaller staleness: resume with that one"
+            )
+        return weights.prepare(self.policy, slot, int(step) if step else self.iteration)
 
-    def update(self, rollouts: Sequence[Rollouts], advantages: Advantages) -> StepReport:
+    def update(self, rollouts: Sequence[Rollouts | None], advantages: Advantages) -> StepReport:
         """`updates_per_rollout` optimiser steps on one batch of rollouts, then the behaviour slot
-        follows.
+        follows. A group that another rank computes may be None.
 
         Without a single live sample there is nothing to learn from: no step is taken, so that
         neither the optimiser's momentum nor weight decay moves a weight.
 
         Raises:
-            StaleRollouts: rollouts that were not sampled by the current behaviour slot.
+            StaleRollouts: rollouts that were sampled neither by the current behaviour slot nor by
+                one at most `staleness` updates older.
             ReplayMismatch: the first ratio is not 1.
         """
         self._check_versions(rollouts)
@@ -100,27 +113,49 @@ class AlignmentLearner:
 
             outcome = self.learner.step(batch, objective)
             self._average(outcome.skipped)
-            last = summarise(terms) | {"grad_norm": outcome.grad_norm}
+            last = self._summary(terms) | {"grad_norm": outcome.grad_norm}
             first = first or last
         self._replayed.clear()
+        self._remember()
         self.iteration += 1
         self._follow()
         if "ratio/max_dev" in first:
             last["ratio/first_max_dev"] = first["ratio/max_dev"]
-        last |= self._diagnostics(rollouts[0])
+        if rollouts[0] is not None:
+            last |= self._diagnostics(rollouts[0])
         return StepReport(iteration=self.iteration, metrics=last)
 
-    def _check_versions(self, rollouts: Sequence[Rollouts]) -> None:
-        mine = Version(
-            slot="behaviour",
-            step=self.iteration,
-            checksum=weights.checksum(self.policy.slots.tensors("behaviour")),
-        )
-        for one in rollouts:
-            if one.ref.version != mine:
+    def _summary(self, terms: Sequence[LossTerms]) -> dict[str, float]:
+        """Metrics of an update, over the micro-batches of all ranks in their order."""
+        plain = [replace(term, loss=term.loss.detach()) for term in terms]
+        return summarise([term for part in self.ranks.gather(plain) for term in part])
+
+    def _check_versions(self, rollouts: Sequence[Rollouts | None]) -> None:
+        known: dict[int, str] = {}
+        for version in (one.ref.version for one in rollouts if one is not None):
+            slot, age = self._sampled_by(version), self.iteration - version.step
+            fits = version.slot.startswith("behaviour") and 0 <= age <= self.config.staleness
+            if fits and version.step not in known and slot in self.policy.slots.names:
+                known[version.step] = weights.checksum(self.policy.slots.tensors(slot))
+            if not fits or known.get(version.step) != version.checksum:
                 raise StaleRollouts(
-                    f"expected rollouts of {mine}, got {one.ref.version}: publish before rollout"
+                    f"expected rollouts of the behaviour slot after update {self.iteration}, or at"
+                    f" most {self.config.staleness} before, got {version}: publish before rollout"
                 )
+
+    def _sampled_by(self, version: Version) -> str:
+        """The slot that holds what rollouts were sampled with."""
+        current = version.step == self.iteration
+        return "behaviour" if current else f"behaviour/{version.step}"
+
+    def _remember(self) -> None:
+        """Keep what samples under way were made with: `behaviour` of the last `staleness` steps."""
+        slots, oldest = self.policy.slots, self.iteration + 1 - self.config.staleness
+        if self.config.staleness:
+            slots.copy("behaviour", f"behaviour/{self.iteration}")
+        for name in slots.names:
+            if name.startswith("behaviour/") and int(name.partition("/")[2]) < oldest:
+                slots.drop(name)
 
     def _average(self, skipped: bool) -> None:
         """One step of the running average; the first ones count for more (as in diffusers)."""
@@ -178,7 +213,7 @@ class AlignmentLearner:
         eps = torch.randn(x0.shape, generator=rows)
         x = noised(x0, eps, sigma)
         with torch.no_grad():
-            v_old = self._velocity(x, sigma, rollouts, "behaviour")
+            v_old = self._velocity(x, sigma, rollouts, self._sampled_by(rollouts.ref.version))
             others = [self._velocity(x, sigma, rollouts, slot) for slot, _ in loss.penalties]
         v = self._velocity(x, sigma, rollouts, "train")
         seen = Noised(v_theta=v, v_old=v_old, x_s=x, x0=x0, eps=eps, sigma_G=sigma)
@@ -219,7 +254,7 @@ class AlignmentLearner:
         v = self._fields(rollouts, t, "train")
         logp, factors = self._log_probs(t, v, grid), [kernels.kl_factor(grid, i) for i in t.index_K]
         old_logp = keep_live(old_logp, weight_G, axis=1)
-        if update == 0:
+        if update == 0 and rollouts.ref.version.step == self.iteration:
             self._check_first(rollouts, logp, old_logp, weight_G)
         kl_old = None
         if v_old is not None:
@@ -257,7 +292,7 @@ class AlignmentLearner:
         if loss.old_logp == "rollout":
             return t.logp_KG, t.velocity_KGNC
         if update == 0:
-            v = self._fields(rollouts, t, "behaviour")
+            v = self._fields(rollouts, t, self._sampled_by(rollouts.ref.version))
             logp = self._log_probs(t, v, rollouts.schedule)
             needed = "velocity" in loss.loss.requires
             self._replayed[rollouts.ref.group] = logp, v if needed else None
@@ -312,8 +347,12 @@ class AlignmentLearner:
     def save(
         self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None
     ) -> None:
-        """A checkpoint of every slot, the optimiser and the counters. Raises CheckpointError."""
+        """A checkpoint of every slot, the optimiser and the counters; the first rank writes it.
+        Raises CheckpointError.
+        """
         optimiser, counters = self.learner.state()
+        if not self.ranks.is_first:
+            return
         slots = self.policy.slots
         tensors = {f"slots/{s.replace('/', '.')}": slots.tensors(s) for s in slots.names}
         state = checkpoint.State(

@@ -66,7 +66,7 @@ class Ranks:
     def sum(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Sum over the ranks by name, in their order, so equal on each; absent adds nothing."""
         total: dict[str, float] = {}
-        for part in self._exchange(dict(metrics)):
+        for part in self.gather(dict(metrics)):
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
@@ -77,7 +77,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
-        return any(self._exchange(flag))
+        return any(self.gather(flag))
 
     def on_first(self, act: Callable[[], object]) -> None:
         """Call `act` on the first rank while the others wait.
@@ -91,14 +91,16 @@ class Ranks:
                 act()
             except Exception as error:
                 failed = error
-        said = self._exchange(f"{type(failed).__name__}: {failed}" if failed else None)
+        said = self.gather(f"{type(failed).__name__}: {failed}" if failed else None)
         if failed is not None:
             raise failed
         if said[0] is not None:
             raise ClusterError(f"the first rank failed, so rank {self.rank} stops: {said[0]}")
 
-    def _exchange(self, value: T) -> list[T]:
-        """The values of all ranks. Raises ClusterError if one does not answer in time."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on each. Raises ClusterError if one does not
+        answer in time.
+        """
         if self.backend is None:
             return [value]
         values: list[T] = [value] * self.world

@@ -10,6 +10,7 @@ RewardError (rewards.errors)
         + HandoverError (RuntimeError)    published weights are not the learner's weights
         + ReplayMismatch (RuntimeError)   training does not reproduce the rollout's log-probs
         + ClusterError (RuntimeError)     a worker died or did not answer in time
+            + LearnerLost                 a learner died, and what it had learnt since a checkpoint
         + TooManyFailures (RuntimeError)  judges failed for more samples than the run allows
         + RewardHacked (RuntimeError)     an alarm of the monitor stopped the run
         + Interrupted (RuntimeError)      a signal stopped the run; it can be resumed
@@ -55,6 +56,10 @@ class ReplayMismatch(AlignError, RuntimeError):
 
 class ClusterError(AlignError, RuntimeError):
     """A worker died, or nothing came back within the time the cluster allows."""
+
+
+class LearnerLost(ClusterError):
+    """A learner died or hung: what it learnt since the last checkpoint went with it."""
 
 
 class TooManyFailures(AlignError, RuntimeError):

@@ -19,6 +19,7 @@ time and the witness did not move; where both rose, none did.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -208,8 +209,25 @@ def _last(rows: Sequence[Row], names: Sequence[str], window: int) -> np.ndarray:
     return np.array(full[-window:], dtype=float).reshape(-1, len(names))
 
 
+def needed(rows: Sequence[Row], window: int) -> list[Row]:
+    """The rows that `read` looks at: of every metric the last `window` that have a reward, too."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in reversed(rows):
+        names = [name for name, value in row.items() if _is_number(value)]
+        if any(seen[name] < window for name in names):
+            kept.append(row)
+        if "reward/total" in names:
+            seen.update(names)
+    return kept[::-1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 class Monitor:
-    """The rows of a run and what is new about them. `rows` are those before a resume."""
+    """The rows of a run that count, and what is new. `rows` are those before a resume."""
 
     def __init__(
         self,
@@ -220,12 +238,12 @@ class Monitor:
     ) -> None:
         self.config = config
         self.signs = {card.name: sign(card) for card in cards if card.name in watch}
-        self.rows = list(rows)
+        self.rows = needed(rows, config.window)
         self.fired: set[str] = set()
 
     def observe(self, row: Row) -> tuple[dict[str, float], tuple[Alarm, ...]]:
         """Figures to add to a row, and the alarms that it raises."""
-        self.rows.append(dict(row))
+        self.rows = needed([*self.rows, dict(row)], self.config.window)
         out, alarms = read(self.rows, self.config, self.witnesses())
         return out | {"monitor/alarm": float(len(alarms))}, alarms
 

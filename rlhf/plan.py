@@ -61,8 +61,10 @@ class Config:
     """One alignment run. `weights`: category -> judge -> weight, "*" for every other category.
 
     `watch` names judges that score every picture and have no say. See `rlhf.advantage` for
-    `scheme`. `ema`: slot `ema` keeps this share of itself at every update; 0 = there is none.
-    `refill`: rounds in which groups without a live sample are replaced by those of further prompts.
+    `scheme`. With `staleness` above 0 samples are made while earlier ones train, on weights that
+    are that many updates older. `ema`: slot `ema` keeps this share of itself at every update; 0 =
+    there is none. `refill`: rounds in which groups without a live sample are replaced by those of
+    further prompts.
     """
 
     name: str = "align"
@@ -72,6 +74,7 @@ class Config:
     prompts_per_iteration: int = 12
     group_size: int = 8
     refill: int = 0
+    staleness: int = 0
     prompts: PromptSet = field(default_factory=PromptSet)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: Sampler = field(default_factory=lambda: Sampler(guidance=3.0))
@@ -114,6 +117,7 @@ class Config:
             )
         self._check_loss()
         self._check_numbers()
+        self._check_cluster()
         if not self.judges:
             raise ConfigError(
                 "judges: expected at least one, such as oracle/fidelity or my_rewards.py:brightness"
@@ -181,6 +185,32 @@ class Config:
             raise ConfigError(
                 f"loss.trained_steps: expected less than the {stop - start} steps of a window, got"
                 f" {count}: write 0 to train all of them"
+            )
+
+    def _check_cluster(self) -> None:
+        c = self.cluster
+        if self.staleness < 0:
+            raise ConfigError(f"staleness: expected 0 or more, got {self.staleness}")
+        if self.staleness and (c.kind, c.layout) != ("ray", "disaggregated"):
+            raise ConfigError(
+                f"staleness={self.staleness} samples while it trains, expected actors with cores of"
+                f" their own, got cluster.kind={c.kind} and cluster.layout={c.layout}: write"
+                " cluster.kind=ray cluster.layout=disaggregated, or staleness=0"
+            )
+        if self.staleness and self.refill:
+            raise ConfigError(
+                f"refill={self.refill} samples again on the weights of the batch, which staleness="
+                f"{self.staleness} has left behind: write refill=0 or staleness=0"
+            )
+        if c.learners > self.prompts_per_iteration:
+            raise ConfigError(
+                f"cluster.learners: expected at most one for each of {self.prompts_per_iteration}"
+                f" prompts of an iteration, got {c.learners}"
+            )
+        if c.learners > 1 and self.learner.parallel != "ddp":
+            raise ConfigError(
+                f"learner.parallel: expected ddp, got {self.learner.parallel}: slots of weights are"
+                " not sharded in alignment"
             )
 
     def _check_numbers(self) -> None:
@@ -253,6 +283,7 @@ class Config:
                 ema=self.ema,
                 loss=self.loss,
                 learner=self.learner,
+                staleness=self.staleness,
             ),
             judges=(*self.judges, *self.watch),
             judge_retries=self.judge_retries,
@@ -305,6 +336,7 @@ class Plan:
     scheme: Scheme
     watch: Sequence[str]
     refill: int
+    staleness: int
 
     @staticmethod
     def of(
@@ -336,6 +368,7 @@ class Plan:
             scheme=config.scheme,
             watch=watch,
             refill=config.refill,
+            staleness=config.staleness,
         )
 
     def request(self, iteration: int) -> Request:

@@ -8,6 +8,7 @@ like any other.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ class RolloutActor(_Actor):
 
         return make_rollout_worker(recipe)
 
-    def bind(self, handover: Any) -> Any:
-        return self.worker.bind(handover)
-
-    def rollout(self, ref: Any, request: Any) -> Any:
-        return self.worker.rollout(ref, request)
+    def rollout(self, ref: Any, request: Any, handover: Any) -> tuple[None, Any]:
+        """A receipt, and one group sampled with the weights of the hand-over."""
+        if self.worker.version != handover.version:
+            self.worker.bind(handover)
+        return None, self.worker.rollout(ref, request)
 
 
 class RewardActor(_Actor):
@@ -62,24 +63,55 @@ class RewardActor(_Actor):
     def cards(self) -> Any:
         return self.worker.cards()
 
-    def score(self, rollouts: Any) -> Any:
-        return self.worker.score(rollouts)
+    def score(self, rollouts: Any, names: tuple[str, ...] | None) -> Any:
+        return self.worker.score(rollouts, names)
 
 
 class LearnerActor(_Actor):
-    """`AlignmentLearner` of `rlhf.alignment`."""
+    """`AlignmentLearner` of `rlhf.alignment`, one of `world` ranks."""
+
+    def __init__(self, threads: int, rank: int, world: int, seconds: float) -> None:
+        super().__init__(threads)
+        self.rank, self.world, self.seconds = rank, world, seconds
+        self.taken: dict[int, Any] = {}
+
+    def address(self) -> tuple[str, int]:
+        """Of this node, with a free port: where the ranks meet."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as listener:
+            listener.bind((host, 0))
+            return host, listener.getsockname()[1]
+
+    def join(self, host: str, port: int) -> None:
+        """Say where the ranks meet, in the words of torchrun; `start` goes there."""
+        place = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": 0}
+        place |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()}
 
     def make(self, recipe: Any) -> Any:
+        from rlhf import distributed
         from rlhf.cluster.base import make_learner
 
-        return make_learner(recipe)
+        if self.world == 1:
+            return make_learner(recipe)
+        return make_learner(recipe, distributed.start(recipe.policy.device, self.seconds))
 
     def publish(self, slot: str) -> tuple[Any, Any]:
         handover = self.worker.publish(slot)
         return handover.version, handover
 
-    def update(self, advantages: Any, *rollouts: Any) -> Any:
-        return self.worker.update(rollouts, advantages)
+    def take(self, index: int, rollouts: Any) -> None:
+        """Keep a group for the update."""
+        self.taken[index] = rollouts
+
+    def update(self, advantages: Any) -> Any:
+        """Train on the groups of all ranks; those that another one took are None here."""
+        taken, self.taken = self.taken, {}
+        return self.worker.update(
+            [taken.get(i) for i in range(len(advantages.value_PG))], advantages
+        )
 
     def save(
         self, folder: Path, step: int, keep_last: int, keep_best: int, metric: float | None

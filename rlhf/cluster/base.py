@@ -1,6 +1,6 @@
 """The cluster's four verbs and the plain workers behind them.
 
-    rollout(request, version) -> refs      sample groups with published weights
+    rollout(request, version) -> refs      sample groups with published weights (`begin`: early)
     score(refs) -> Scores                  judge their pictures
     update(refs, advantages) -> report     train on them
     publish(slot) -> version               hand a slot's weights to every rollout worker, proved
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from rewards.judge import Judge, load_judge, run_judge
 from rewards.statistics import diversity, picture_statistics
 from rewards.types import JudgeCard, Sample, Score, Scores
 from rlhf.alignment import AlignmentConfig, AlignmentLearner
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
 from rlhf.policies.config import PolicyConfig
 from rlhf.policies.families import load_policy
@@ -36,32 +38,55 @@ from rlhf.types import Advantages, GroupRef, Prompt, Rollouts, StepReport, Versi
 class ClusterConfig:
     """`ray` places rollout, reward and learner actors; `local` does everything in this process.
 
-    Results do not depend on `rollout_workers`, only on threads per process. `address` joins a
-    running Ray.
+    Results do not depend on `rollout_workers`, only on threads per process; on `learners` in the
+    last bits. `colocated`: rollout worker i and learner i take turns on the same cores or GPU;
+    `disaggregated`: each kind has its own. `address` joins a running Ray. A wait ends after
+    `timeout_seconds`, for a judge's answer after `judge_seconds`. A run whose learner died goes
+    back to its last checkpoint by itself, `restarts` times.
     """
 
     kind: Literal["local", "ray"] = "ray"
+    layout: Literal["colocated", "disaggregated"] = "colocated"
     rollout_workers: int = 2
     reward_workers: int = 1
+    learners: int = 1
     rollout_threads: int = 1
     learner_threads: int = 2
     gpus_per_worker: float = 0.0
     gpus_per_learner: float = 0.0
     timeout_seconds: float = 600.0
+    judge_seconds: float = 300.0
+    restarts: int = 2
     address: str | None = None
 
     def check(self) -> None:
-        if (
-            min(
-                self.rollout_workers,
-                self.reward_workers,
-                self.rollout_threads,
-                self.learner_threads,
-            )
-            < 1
-        ):
+        counts = (
+            self.rollout_workers,
+            self.reward_workers,
+            self.learners,
+            self.rollout_threads,
+            self.learner_threads,
+        )
+        if min(counts) < 1:
             raise ConfigError(
                 "cluster: expected at least one worker of each kind and one thread each"
+            )
+        if min(self.timeout_seconds, self.judge_seconds) <= 0 or self.restarts < 0:
+            raise ConfigError(
+                "cluster: expected timeout_seconds and judge_seconds above 0 and restarts of 0 or"
+                f" more, got {self.timeout_seconds}, {self.judge_seconds} and {self.restarts}"
+            )
+        if self.kind == "local" and self.learners > 1:
+            raise ConfigError(
+                f"cluster.learners: expected 1 in one process, got {self.learners}: write"
+                " cluster.kind=ray"
+            )
+        shared = self.gpus_per_worker + self.gpus_per_learner
+        if self.layout == "colocated" and shared > 1:
+            raise ConfigError(
+                "cluster.layout=colocated: expected a worker and a learner to share one GPU, got"
+                f" {self.gpus_per_worker} and {self.gpus_per_learner}: write 0.5 each, or"
+                " cluster.layout=disaggregated"
             )
 
 
@@ -80,6 +105,10 @@ class Recipe:
 @runtime_checkable
 class Cluster(Protocol):
     """See the module docstring."""
+
+    def begin(self, request: Request, version: Version) -> None:
+        """Start on a request early, where something is there to work on it meanwhile."""
+        ...
 
     def rollout(self, request: Request, version: Version) -> list[GroupRef]: ...
 
@@ -128,9 +157,9 @@ def make_rollout_worker(recipe: Recipe) -> RolloutWorker:
     return RolloutWorker(load_policy(recipe.policy))
 
 
-def make_learner(recipe: Recipe) -> AlignmentLearner:
-    """The learner with the policy it trains."""
-    return AlignmentLearner(load_policy(recipe.policy), recipe.alignment)
+def make_learner(recipe: Recipe, ranks: Ranks = ALONE) -> AlignmentLearner:
+    """The learner with the policy it trains, one of several if there are `ranks`."""
+    return AlignmentLearner(load_policy(recipe.policy), recipe.alignment, ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +202,13 @@ class RewardWorker:
     def cards(self) -> tuple[JudgeCard, ...]:
         return tuple(judge.card for judge in self.judges.values())
 
-    def score(self, rollouts: Rollouts) -> Judged:
-        """Scores and statistics of one group."""
+    def score(self, rollouts: Rollouts, names: Sequence[str] | None = None) -> Judged:
+        """Scores of one group by all judges, or by those of `names`, and its statistics."""
         pixels = rollouts.pixels.numpy()
         samples = samples_of(rollouts.ref.prompt, pixels)
+        asked = self.judges if names is None else {n: self.judges[n] for n in names}
         scores, seconds = {}, {}
-        for name, judge in self.judges.items():
+        for name, judge in asked.items():
             began = time.monotonic()
             scores[name] = tuple(run_judge(judge, samples, self.retries))
             seconds[name] = time.monotonic() - began
@@ -198,11 +228,11 @@ def make_reward_worker(recipe: Recipe) -> RewardWorker:
 
 
 def assemble_scores(cards: tuple[JudgeCard, ...], groups: Sequence[Judged]) -> Scores:
-    """The scores of groups, in their order, as one table."""
-    names = groups[0].figures if groups else ()
+    """The scores of groups, in their order, as one table. NaN for statistics that are not there."""
+    names = dict.fromkeys(name for g in groups for name in g.figures)
     return Scores(
         judges=cards,
         table={c.name: tuple(g.scores[c.name] for g in groups) for c in cards},
-        figures={name: tuple(g.figures[name] for g in groups) for name in names},
+        figures={name: tuple(g.figures.get(name, nan) for g in groups) for name in names},
         seconds={c.name: sum(g.seconds.get(c.name, 0.0) for g in groups) for c in cards},
     )

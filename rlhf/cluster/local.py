@@ -40,11 +40,17 @@ class LocalCluster:
             self.worker.bind(handover)
         return handover.version
 
+    def begin(self, request: Request, version: Version) -> None:
+        """Nobody works meanwhile: the samples are made now, while their weights are in place."""
+        self.rollout(request, version)
+
     def rollout(self, request: Request, version: Version) -> list[GroupRef]:
         refs = request.refs(version)
         with threads(self.recipe.cluster.rollout_threads):
             for ref in refs:
-                self._held[ref.id] = self.worker.rollout(ref, request)
+                held = self._held.get(ref.id)
+                if held is None or held.ref.version != version:
+                    self._held[ref.id] = self.worker.rollout(ref, request)
         return refs
 
     def score(self, refs: Sequence[GroupRef]) -> Scores:

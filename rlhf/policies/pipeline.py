@@ -24,6 +24,7 @@ from rlhf.policies.config import PolicyConfig
 from rlhf.policies.slots import Slots
 
 Parts = Mapping[str, Mapping[str, Any]]  # part of a pipeline -> its configuration
+REMEMBERED = 128  # conditions: more than an iteration's, far fewer than a set of prompts has
 
 
 class PipelinePolicy(ABC):
@@ -126,11 +127,15 @@ class PipelinePolicy(ABC):
     # ------------------------------------------------------------------------------------------
 
     def encode(self, text: str, sources: Sequence[np.ndarray] = ()) -> Condition:
-        """Condition of one prompt and its source pictures (uint8 RGB (3, H, W))."""
+        """Condition of one prompt and its source pictures (uint8 RGB (3, H, W)); those of the
+        prompts that were used last are remembered.
+        """
         key = (text, *((s.shape, s.tobytes()) for s in sources))
-        if key not in self._conditions:
-            self._conditions[key] = self.encode_variants([text], sources)[0]
-        return self._conditions[key]
+        found = self._conditions.pop(key, None) or self.encode_variants([text], sources)[0]
+        self._conditions[key] = found  # the last one that was used
+        if len(self._conditions) > REMEMBERED:
+            del self._conditions[next(iter(self._conditions))]
+        return found
 
     @abstractmethod
     def encode_variants(

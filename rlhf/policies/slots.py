@@ -48,6 +48,10 @@ class Slots:
         """target := source, made if it was not there."""
         self._held[target] = {n: t.detach().clone() for n, t in self.tensors(source).items()}
 
+    def drop(self, slot: str) -> None:
+        """Forget a slot, if it is there."""
+        self._held.pop(slot, None)
+
     @torch.no_grad()
     def lag(self, target: str, decay: float) -> None:
         """target := decay * target + (1 - decay) * train."""

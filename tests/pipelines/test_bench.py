@@ -181,3 +181,26 @@ def test_ray_is_compared_with_this_process(tiny_base, ray_head):
     ratio = value["bench/ray_seconds"] / value["bench/local_seconds"]
     assert value["bench/ray_overhead"] == pytest.approx(ratio - 1)
     assert 0 < value["bench/efficiency"] < 1.3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
+    more = ("cluster.kind=ray", "cluster.rollout_workers=2")
+    out = tmp_path / "scaling.json"
+    config = bench.ScalingConfig(overrides=settings(tiny_base, *more), repeats=2, out=str(out))
+    config.check()
+    result = bench.scaling(config)
+    assert json.loads(out.read_text()) == result
+    value = {n: m["value"] for n, m in result["metrics"].items()}
+    taken = result["seconds_by_repeat"]
+    assert len(taken) == 2 and all(set(seconds) == {"1", "2"} for seconds in taken)
+    ratio = value["bench/rollout/one_seconds"] / value["bench/rollout/all_seconds"]
+    assert value["bench/rollout/speedup"] == pytest.approx(ratio)
+    assert "with 2:" in bench.summarise_scaling(result)
+
+
+def test_a_comparison_of_one_worker_with_itself_is_refused(tiny_base):
+    with pytest.raises(ConfigError, match="expected two rollout workers or more"):
+        bench.ScalingConfig(overrides=settings(tiny_base)).check()
+    assert "with 1 and with 2 workers of 1 threads" in bench.plan_scaling(bench.ScalingConfig())

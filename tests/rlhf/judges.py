@@ -1,5 +1,9 @@
 """Judges of the tests, named as path/judges.py:function. A picture's answer depends on it alone."""
 
+import os
+import signal
+import time
+
 import numpy as np
 
 from rewards.types import JudgeCard, Score
@@ -56,3 +60,22 @@ def red_where_wanted(images, prompts, sources, wanted):
     values = brightness(images, prompts, sources)
     said = zip(values, wanted, strict=True)
     return [None if keep is None else value if keep else -1.0 for value, keep in said]
+
+
+def _first(folder: str, name: str) -> bool:
+    """True for the first process that asks."""
+    try:
+        os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def dies_once(images, prompts, sources, folder):
+    if _first(folder[0], "died"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return brightness(images, prompts, sources)
+
+
+def always_hangs(images, prompts, sources):
+    time.sleep(3600)

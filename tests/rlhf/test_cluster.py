@@ -10,7 +10,7 @@ import torch
 from rlhf import checkpoint
 from rlhf.cluster.base import Cluster, ClusterConfig
 from rlhf.cluster.local import LocalCluster
-from rlhf.errors import ClusterError, ConfigError, StaleRollouts, TooManyFailures
+from rlhf.errors import ConfigError, StaleRollouts, TooManyFailures
 from rlhf.evaluation import Protocol, evaluate
 from rlhf.loop import align
 from rlhf.losses import LOSSES
@@ -33,6 +33,7 @@ class Plan:
     scheme: str = "mo-grpo"
     watch: tuple[str, ...] = ()
     refill: int = 0
+    staleness: int = 0
 
     @property
     def weights(self):
@@ -101,6 +102,25 @@ def test_local_one_and_two_workers_agree_bitwise(tiny_base, tmp_path, ray_head, 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nft", "grpo-recentred"])
+def test_two_learners_are_one_within_rounding(tiny_base, tmp_path, ray_head, loss):
+    """Groups of three to two ranks: uneven shares. Metrics are those of the whole batch."""
+    from rlhf.cluster.ray import RayCluster
+
+    plan, theirs = Plan(loss, groups=3), recipe(tiny_base, loss, kind="ray", learners=2)
+    one, state = outcome(LocalCluster(recipe(tiny_base, loss)), plan, tmp_path / "one")
+    two, state_2 = outcome(RayCluster(theirs), plan, tmp_path / "two")
+    for row, row_2 in zip(one.rows, two.rows, strict=True):
+        assert row_2 == pytest.approx(row, rel=1e-3, abs=1e-6)
+    for part, tensors in state.tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                state_2.tensors[part][name], tensor, rtol=1e-4, atol=1e-6, msg=f"{part}/{name}"
+            )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_ray_cluster_refuses_stale_rollouts_and_forgets_what_is_released(tiny_base, ray_head):
     from rlhf.cluster.ray import RayCluster
 
@@ -115,6 +135,7 @@ def test_a_ray_cluster_refuses_stale_rollouts_and_forgets_what_is_released(tiny_
         assert "Traceback" not in str(caught.value)
         cluster.release(refs)
         gc.collect()
+        assert not cluster._groups
         with pytest.raises(KeyError):
             cluster.pixels(refs)
     finally:
@@ -130,23 +151,6 @@ def test_a_wrong_recipe_is_a_config_error_on_ray_too(tiny_base, ray_head):
     wrong = replace(wrong, policy=replace(wrong.policy, model="/nothing/here"))
     with pytest.raises(ConfigError, match="policy.model"):
         RayCluster(wrong)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_dead_worker_is_a_cluster_error_within_the_time_limit(tiny_base, ray_head):
-    import ray
-
-    from rlhf.cluster.ray import RayCluster
-
-    cluster = RayCluster(recipe(tiny_base, kind="ray"))
-    try:
-        version = cluster.publish("behaviour")
-        ray.kill(cluster.workers[0])
-        with pytest.raises(ClusterError, match="--resume"):
-            cluster.score(cluster.rollout(request(1, sampler()), version))
-    finally:
-        cluster.close()
 
 
 def test_local_verbs(tiny_base):

@@ -141,6 +141,20 @@ def test_a_resumed_monitor_goes_on_as_if_it_had_not_stopped():
     assert whole.new(seen[-1][1]) and not whole.new(seen[-1][1]) and not whole.new(())
 
 
+def test_a_monitor_forgets_what_it_no_longer_looks_at():
+    """And only that: rare held-out figures and rows without a reward included."""
+    rows = history(0.0, 0.0, n=300, seed=3)
+    for i, row in enumerate(rows):
+        row |= {"heldout/objects/soft": 1.0 - 0.01 * i} if i % 7 == 0 else {}
+        row |= {"reward/total": None} if i % 5 == 0 else {}
+    monitor = Monitor(MonitorConfig(window=20), (card("w"),), ("w",))
+    for i, row in enumerate(rows, 1):
+        out, alarms = monitor.observe(row)
+        whole = read(rows[:i], monitor.config, monitor.witnesses())
+        assert ({k: v for k, v in out.items() if k != "monitor/alarm"}, alarms) == whole
+    assert "monitor/trend/heldout/objects/soft" in out and len(monitor.rows) < 70
+
+
 def test_a_monitor_that_could_never_speak_is_refused():
     with pytest.raises(ConfigError, match="nothing could raise an alarm; write window=20"):
         MonitorConfig(window=9).check()

@@ -179,6 +179,16 @@ def test_the_condition_cache_keeps_pictures_of_other_shapes_apart(policy):
     assert policy.encode("again") is policy.encode("again")
 
 
+def test_the_conditions_that_were_used_last_are_remembered(policy, monkeypatch):
+    monkeypatch.setattr("rlhf.policies.pipeline.REMEMBERED", 2)
+    policy.forget()
+    first, second = (policy.encode(text) for text in TEXTS[:2])
+    assert policy.encode(TEXTS[0]) is first
+    policy.encode(TEXTS[2])
+    assert policy.encode(TEXTS[0]) is first and len(policy._conditions) == 2
+    assert policy.encode(TEXTS[1]) is not second
+
+
 def test_latents_are_normalised_as_the_pipeline_does(stock, policy):
     source = picture(2, 64, 96)
     rgba = torch.cat([images.to_float(source[None]), torch.ones(1, 1, 64, 96)], dim=1)
