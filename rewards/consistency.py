@@ -41,16 +41,18 @@ def closeness(rms: float) -> float:
 def outside_rms(
     source: np.ndarray, output: np.ndarray, touched: Sequence[float] | np.ndarray
 ) -> float:
-    """Root mean square difference, in grey levels, over patches weighted by 1 - `touched`.
+    """Root mean square difference, in grey levels, of patches with weights max(0, 1 - 2 `touched`).
 
     Pictures are uint8 (3, S, S); `touched` holds a probability for each of n x n patches in reading
-    order. Where everything is touched there is nothing to hold on to, and it is 0.
+    order. A patch that is rather touched than not has no weight: the remaining doubt about many of
+    them, each quite changed, would outweigh the few that should have stayed. Where everything is
+    touched there is nothing to hold on to, and it is 0.
     """
     side = round(len(touched) ** 0.5)
     step = source.shape[-1] // side
     square = (source.astype(np.float64) - output) ** 2
     patches = square.mean(0).reshape(side, step, side, step).mean((1, 3)).reshape(-1)
-    weight = 1.0 - np.asarray(touched, np.float64)
+    weight = np.clip(1.0 - 2.0 * np.asarray(touched, np.float64), 0.0, None)
     total = weight.sum()
     return float(np.sqrt((weight * patches).sum() / total)) if total > 1e-3 else 0.0
 

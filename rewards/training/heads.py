@@ -132,9 +132,23 @@ def normal_levels(numbers: Float[Tensor, "b 2"], levels: int) -> Float[Tensor, "
     return -((level - mean) / spread).square() / 2
 
 
+class Pick(nn.Module):
+    """What words pick of features: LayerNorm(q(x) * k(y))."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(features, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Float[Tensor, "b f"], y: Float[Tensor, "b w"]) -> Float[Tensor, "b w"]:
+        return self.norm(self.q(x) * self.k(y))
+
+
 class MlpHead(nn.Module):
-    """An MLP over u, y and q(u) * k(y): u a linear map of the pooled features of picture and
-    source, y one of all words.
+    """An MLP over u, y, q(u) * k(y) and, with a source, the product over both pictures v of
+    LayerNorm(q_v(v) * k_v(y)): u a linear map of the pooled features of picture and source, y one
+    of all words. That product holds what the words pick of one picture against what they pick of
+    the other: the same place, what was there and what is there now.
     """
 
     PER_WORD = 32  # numbers that a word is brought to
@@ -150,7 +164,9 @@ class MlpHead(nn.Module):
             self.word = nn.Linear(sizes.text_width, self.PER_WORD)
             self.text = nn.Linear(self.places * self.PER_WORD, width)
             self.picks, self.picked = nn.Linear(width, width), nn.Linear(width, width)
-        wide = 3 * width if self.places else width
+            if pictures == 2:
+                self.pairs = nn.ModuleList(Pick(sizes.pooled_width, width) for _ in range(pictures))
+        wide = (pictures + 2) * width if self.places else width
         inner = 3 * width // 2
         layers: list[nn.Module] = [nn.LayerNorm(wide), nn.Linear(wide, inner), nn.GELU()]
         for _ in range(config.depth - 1):
@@ -162,14 +178,18 @@ class MlpHead(nn.Module):
         if self.config.source:
             assert tokens.pooled_source is not None
             seen.append(tokens.pooled_source)
-        u = self.image(torch.cat([self.norm(x) for x in seen], -1))
+        seen = [self.norm(x) for x in seen]
+        u = self.image(torch.cat(seen, -1))
         if not self.places:
             return normal_levels(self.answer(u), self.config.levels)
         assert tokens.text is not None and tokens.words is not None
         there = self.word(tokens.text) * tokens.words.unsqueeze(-1)
         y = self.text(F.pad(there, (0, 0, 0, self.places - there.shape[1])).flatten(1))
-        seen = torch.cat([u, y, self.picks(u) * self.picked(y)], -1)
-        return normal_levels(self.answer(seen), self.config.levels)
+        parts = [u, y, self.picks(u) * self.picked(y)]
+        if len(seen) == 2:
+            first, second = (pick(x, y) for pick, x in zip(self.pairs, seen, strict=True))
+            parts.append(first * second)
+        return normal_levels(self.answer(torch.cat(parts, -1)), self.config.levels)
 
 
 class RegionHead(nn.Module):
