@@ -20,6 +20,8 @@ from torch import Tensor
 from rlhf.policies.on_cpu import attention, norm_rotate
 from rlhf.policies.pipeline import repeat
 
+Scales = tuple[Tensor, ...]  # four, a row each for every token
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -55,7 +57,7 @@ def velocities(model: Any, group: Group) -> Tensor:
     time = torch.cat([group.time_B.to(x.dtype), group.time_B.new_zeros(1, dtype=x.dtype)])
     embedded = model.time_text_embed(time, x)
     rows = _Rows(prompts=len(condition), held=len(ids), targets=len(x), count=count)
-    scales = rows.of_tokens(_scales(model.modulation(embedded)))
+    scales = tuple(rows.of_tokens(s) for s in _scales(model.modulation(embedded)))
     turns = torch.cat([turns[:-count].repeat(len(condition), 1), turns[-count:].repeat(len(x), 1)])
     mask = _seen(ids)
     h = torch.cat([condition.flatten(0, 1), x.flatten(0, 1)])
@@ -75,10 +77,10 @@ def _condition_tokens(model: Any, group: Group, pictures: Tensor) -> Tensor:
     return tokens
 
 
-def _scales(modulation: Tensor) -> Tensor:
-    """Factors of the two branches of every block and of what they add, side by side."""
+def _scales(modulation: Tensor) -> Scales:
+    """Factors of the two branches of every block and of what they add, in turn."""
     scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
-    return torch.cat([1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()], dim=-1)
+    return 1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()
 
 
 def _seen(ids: Tensor) -> Tensor:
@@ -113,11 +115,11 @@ class _Rows:
 
 
 def _block(
-    block: Any, h: Tensor, scales: Tensor, turns: Tensor, mask: Tensor | None, rows: _Rows
+    block: Any, h: Tensor, scales: Scales, turns: Tensor, mask: Tensor | None, rows: _Rows
 ) -> Tensor:
     """One block on all tokens. Without a mask it is the last, and only the targets come out."""
     attn, first = block.attn, 0 if mask is not None else rows.first
-    scale1, gate1, scale2, gate2 = scales.chunk(4, dim=-1)
+    scale1, gate1, scale2, gate2 = scales
     seen = block.img_norm1(h) * scale1
     heads = (-1, attn.inner_dim // attn.heads)
     q = attn.to_q(seen[first:]).unflatten(-1, heads)
