@@ -17,7 +17,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +26,7 @@ from rich.console import Console
 
 from rewards.types import Scores
 from rlhf import curation
-from rlhf.batch import check_failures
+from rlhf.batch import check_failures, joined
 from rlhf.cluster import make_cluster
 from rlhf.cluster.base import Cluster, ClusterConfig, Recipe
 from rlhf.config import to_dict
@@ -39,7 +39,7 @@ from rlhf.rollout import Request, seeds_of
 from rlhf.run import Run
 from rlhf.sampling import Sampler
 from rlhf.types import Prompt, Version
-from rlhf.weighing import check_judges, read_weights
+from rlhf.weighing import check_judges, or_equal, read_weights
 
 CURATION = 2**31 + 2  # the "iteration" that keys its seeds
 
@@ -123,7 +123,7 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
         home = Run.open(resume)
     parts = [prompts[i : i + config.at_once] for i in range(0, len(prompts), config.at_once)]
     home, scores = _measured(config, home, parts)
-    weights = config.weights or {"*": {card.name: 1.0 for card in scores.judges}}
+    weights = or_equal(config.weights, [card.name for card in scores.judges])
     categories = [prompt.category for prompt in prompts]
     found = curation.verdicts(scores, weights, categories, config.threshold, config.required)
     _write(home.root, rows, found)
@@ -146,7 +146,7 @@ def _measured(
     """The run and the scores of all parts, sampling those that are not there."""
     known = {i: s for i, part in enumerate(parts) if (s := _read(config, home, i, part))}
     if len(known) == len(parts) and home is not None:
-        return home, curation.together([known[i] for i in range(len(parts))])
+        return home, joined(*(known[i] for i in range(len(parts))))
     cluster = make_cluster(
         Recipe(
             policy=config.policy,
@@ -177,15 +177,14 @@ def _measured(
     finally:
         signal.signal(signal.SIGTERM, previous)
         cluster.close()
-    return home, curation.together([known[i] for i in range(len(parts))])
+    return home, joined(*(known[i] for i in range(len(parts))))
 
 
 def _check_judges(config: Config, cluster: Cluster, categories: set[str]) -> None:
     names = [card.name for card in cluster.cards()]
     if len(set(names)) != len(config.judges):
         raise ConfigError(f"judges: expected each once, got {list(config.judges)}")
-    weights = config.weights or {"*": {name: 1.0 for name in names}}
-    check_judges(config.required, weights, names, categories)
+    check_judges(config.required, or_equal(config.weights, names), names, categories)
 
 
 def _score(
@@ -204,7 +203,7 @@ def _score(
     scores = cluster.score(refs)
     cluster.release(refs)
     check_failures(scores, config.max_failed_share)
-    return scores
+    return replace(scores, figures={}, seconds={})  # which files do not hold either
 
 
 def _file(index: int) -> str:

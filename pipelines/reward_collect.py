@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -44,7 +44,7 @@ SHARES: Mapping[str, float] = {
     "text": 0.12,
     "edits": 0.24,
 }
-SPLITS = {"train": "train", "dev": "heldout", "test": "heldout"}
+SPLITS: Mapping[str, world.Split] = {"train": "train", "dev": "heldout", "test": "heldout"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,8 @@ class CollectConfig:
                 f"expected groups of train, dev and test and per_prompt >= 2, got {unknown} and"
                 f" {self.per_prompt}"
             )
+        for name in self.shares:
+            _share(name)
         if not all(1 <= n <= annotators.ANNOTATORS for n in self.annotators.values()):
             raise ConfigError(
                 f"annotators: expected 1 to {annotators.ANNOTATORS}, got {self.annotators}"
@@ -108,11 +110,18 @@ def specs(config: CollectConfig, split: str, kind: str, count: int) -> list[Spec
     first += (config.seed * 2 + (kind == "sampled")) * 1_000_000
     out: list[Spec | Edit] = []
     for i, k in enumerate(rng.choice(len(names), size=count, p=shares / shares.sum())):
-        category, _, level = names[k].partition("/")
-        out.append(
-            world.draw(category, first + i, split=SPLITS[split], level=int(level or 1))  # type: ignore[arg-type]
-        )
+        out.append(world.draw(seed=first + i, split=SPLITS[split], **_share(names[k])))
     return out
+
+
+def _share(name: str) -> dict[str, Any]:
+    """What to draw for a share: a category, `objects/2` of a level, `edits/move` of a kind."""
+    category, _, rest = name.partition("/")
+    if category == "edits" and rest in ("", *get_args(world.EditKind)):
+        return {"category": category, "kind": rest or None}
+    if category in get_args(world.Category) and rest in ("", "1", "2", "3"):
+        return {"category": category, "level": int(rest or 1)}
+    raise ConfigError(f"shares: expected such as text, objects/2 or edits/move, got {name!r}")
 
 
 def drawn(config: CollectConfig, split: str) -> Iterator[Group]:

@@ -137,13 +137,16 @@ def refilled(cluster: Cluster, terms: Terms, batch: Batch, version: Version) -> 
     return batch
 
 
-def joined(one: Scores, other: Scores) -> Scores:
-    """The groups of both, `one` first."""
+def joined(*parts: Scores) -> Scores:
+    """The groups of all, one after the other. Raises KeyError for other judges or figures."""
+    first = parts[0]
     return Scores(
-        judges=one.judges,
-        table={name: (*groups, *other.table[name]) for name, groups in one.table.items()},
-        figures={name: (*values, *other.figures[name]) for name, values in one.figures.items()},
-        seconds={name: spent + other.seconds[name] for name, spent in one.seconds.items()},
+        judges=first.judges,
+        table={name: tuple(g for one in parts for g in one.table[name]) for name in first.table},
+        figures={
+            name: tuple(v for one in parts for v in one.figures[name]) for name in first.figures
+        },
+        seconds={name: sum(one.seconds[name] for one in parts) for name in first.seconds},
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -129,9 +129,3 @@ def restored(data: Mapping[str, Any]) -> Scores:
             for name, groups in data["table"].items()
         },
     )
-
-
-def together(parts: Sequence[Scores]) -> Scores:
-    """Scores of the same judges one after the other."""
-    table = {n: tuple(g for part in parts for g in part.table[n]) for n in parts[0].table}
-    return replace(parts[0], table=table, figures={}, seconds={})

@@ -27,7 +27,7 @@ from rlhf.rollout import Noisy, Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.schedule import build
 from rlhf.types import GroupRef, Prompt
-from rlhf.weighing import check_judges, read_weights
+from rlhf.weighing import check_judges, or_equal, read_weights
 from rlhf.windows import Windows, drawn
 
 
@@ -268,9 +268,9 @@ class Config:
         """With the weights of the file in their place. Raises ConfigError."""
         return read_weights(self)
 
-    def judge_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    def judge_weights(self, names: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
         """`weights`, or equal weights of the judges of these names."""
-        return self.resolved().weights or {"*": {name: 1.0 for name in names}}
+        return or_equal(self.resolved().weights, names)
 
     def recipe(self) -> Recipe:
         """What the cluster's workers are built from."""

@@ -27,6 +27,13 @@ def read_weights(config: T) -> T:
     return replace(config, weights=table, weights_from=None)  # type: ignore[type-var]
 
 
+def or_equal(
+    weights: Mapping[str, Mapping[str, float]], names: Sequence[str]
+) -> Mapping[str, Mapping[str, float]]:
+    """`weights`, or where none are stated equal ones of the judges of these names."""
+    return weights or {"*": {name: 1.0 for name in names}}
+
+
 def check_judges(
     required: Sequence[str],
     weights: Mapping[str, Mapping[str, float]],

@@ -192,8 +192,8 @@ def _edit_objects(rng: np.random.Generator, source: Objects, kind: EditKind) -> 
     return Edit(source=source, target=target, kind=kind, instruction=text)
 
 
-def _edit(rng: np.random.Generator) -> Edit:
-    kind: EditKind = get_args(EditKind)[int(rng.integers(len(get_args(EditKind))))]
+def _edit(rng: np.random.Generator, asked: EditKind | None) -> Edit:
+    kind: EditKind = asked or get_args(EditKind)[int(rng.integers(len(get_args(EditKind))))]
     if kind in ("recolour", "move", "add", "remove"):
         level = 2 if kind == "remove" else int(rng.integers(1, 3))
         source = _objects(rng, level)
@@ -222,12 +222,18 @@ def _edit(rng: np.random.Generator) -> Edit:
 
 
 def draw(
-    category: Category, seed: int, *, split: Split | None = None, level: int = 2
+    category: Category,
+    seed: int,
+    *,
+    split: Split | None = None,
+    level: int = 2,
+    kind: EditKind | None = None,
 ) -> Spec | Edit:
     """The spec number `seed` of a category, the same on every machine.
 
-    `level` (1 to 3) applies to objects only. With a `split`, draws are repeated until the
-    combination belongs to it; a training edit also has its source in the training split.
+    `level` (1 to 3) applies to objects only, `kind` to edits only (None: any). With a `split`,
+    draws are repeated until the combination belongs to it; a training edit also has its source in
+    the training split.
     """
     rng = np.random.default_rng([zlib.crc32(category.encode()), level, seed])
     for _ in range(10_000):
@@ -238,7 +244,7 @@ def draw(
         elif category == "text":
             spec = _sign(rng)
         else:
-            spec = _edit(rng)
+            spec = _edit(rng, kind)
         if split is None or split_of(spec) == split:
             if split == "train" and isinstance(spec, Edit) and split_of(spec.source) != "train":
                 continue

@@ -7,6 +7,7 @@ same for every row.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -67,12 +68,14 @@ class Policy(Protocol):
         """Condition of one prompt; cached, since the encoder is frozen."""
         ...
 
+    @abstractmethod
     def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
         """Computed under a slot's weights, with gradient where grad is enabled. `once`: for a
         single call of `velocity`, which may do it on the way.
         """
         ...
 
+    @abstractmethod
     def velocity(
         self,
         x_BNC: Tensor,
@@ -88,6 +91,7 @@ class Policy(Protocol):
         """
         ...
 
+    @abstractmethod
     def decode(self, x0_GNC: Tensor, size: tuple[int, int]) -> UInt8[Tensor, "g 3 h w"]:
         """Pictures of packed latents, quantised once."""
         ...

@@ -7,19 +7,18 @@ A family is a subclass: it names its pipeline class and linears, and implements 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import UInt8
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
-from rlhf.policies.base import Condition, Prefix
+from rlhf.policies.base import Condition, Policy
 from rlhf.policies.config import PolicyConfig
 from rlhf.policies.slots import Slots
 
@@ -27,7 +26,7 @@ Parts = Mapping[str, Mapping[str, Any]]  # part of a pipeline -> its configurati
 REMEMBERED = 128  # conditions: more than an iteration's, far fewer than a set of prompts has
 
 
-class PipelinePolicy(ABC):
+class PipelinePolicy(Policy):
     """The policy of a stock pipeline. Everything but the chosen weights is frozen."""
 
     PIPELINE: ClassVar[type[DiffusionPipeline]]
@@ -123,9 +122,6 @@ class PipelinePolicy(ABC):
         targets = self.config.lora.targets
         return list(self.LINEARS if targets is None else targets)
 
-    # --- conditions
-    # ------------------------------------------------------------------------------------------
-
     def encode(self, text: str, sources: Sequence[np.ndarray] = ()) -> Condition:
         """Condition of one prompt and its source pictures (uint8 RGB (3, H, W)); those of the
         prompts that were used last are remembered.
@@ -146,30 +142,6 @@ class PipelinePolicy(ABC):
     def forget(self) -> None:
         """Drop the cached conditions."""
         self._conditions.clear()
-
-    # --- the rest of `Policy`
-    # ------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def prefix(self, condition: Condition, slot: str = "train", *, once: bool = False) -> Prefix:
-        """See `Policy.prefix`."""
-
-    @abstractmethod
-    def velocity(
-        self,
-        x_BNC: Tensor,
-        sigma_B: Tensor,
-        condition: Condition,
-        *,
-        size: tuple[int, int],
-        prefix: Prefix | None = None,
-        slot: str = "train",
-    ) -> Tensor:
-        """See `Policy.velocity`."""
-
-    @abstractmethod
-    def decode(self, x0_GNC: Tensor, size: tuple[int, int]) -> UInt8[Tensor, "g 3 h w"]:
-        """See `Policy.decode`."""
 
     def export(self, folder: str, tensors: Mapping[str, Tensor]) -> None:
         """LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`; full weights as a

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from pipelines.data.aspects import AspectsObjective
 from pipelines.reward import Groups, TrainConfig, agreement, train
-from pipelines.reward_collect import CollectConfig, collect
+from pipelines.reward_collect import CollectConfig, collect, specs
 from pipelines.reward_towers import TowersConfig, explained, towers
 from rewards.backbones.towers import WEIGHTS, open_towers
 from rewards.errors import DataError
 from rewards.judge import load_judge, run_judge
+from rewards.scenes.specs import Edit
 from rewards.trained import open_judge
 from rewards.training.heads import HeadConfig
 from rewards.training.schema import Judgement
@@ -134,6 +135,18 @@ def test_an_edit_under_another_instruction_pleases_nobody(tmp_path):
     for first, second in itertools.pairwise(list(groups.values())):
         if np.array_equal(first[0].sources[0], second[0].sources[0]):
             assert first[0].prompt != second[0].prompt
+
+
+def test_a_share_may_name_a_level_or_a_kind_of_edit(tmp_path):
+    found = CollectConfig(
+        out=str(tmp_path / "kinds"), shares={"edits/word": 1, "objects/3": 1}, drawn={"train": 12}
+    )
+    for i, spec in enumerate(specs(found, "train", "drawn", 12)):
+        assert spec.kind == "word" if isinstance(spec, Edit) else spec.level == 3, i
+    assert len({type(spec) for spec in specs(found, "train", "drawn", 12)}) == 2
+    for unknown in ("edits/2", "text/word", "cats"):
+        with pytest.raises(ConfigError, match=f"shares.*{unknown}"):
+            replace(found, shares={unknown: 1.0}).check()
 
 
 def test_a_share_of_training_asks_in_more_words(tmp_path):
