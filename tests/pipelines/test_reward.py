@@ -138,9 +138,7 @@ def test_an_edit_under_another_instruction_pleases_nobody(tmp_path):
 
 
 def test_a_share_may_name_a_level_or_a_kind_of_edit(tmp_path):
-    found = CollectConfig(
-        out=str(tmp_path / "kinds"), shares={"edits/word": 1, "objects/3": 1}, drawn={"train": 12}
-    )
+    found = CollectConfig(out=str(tmp_path / "kinds"), shares={"edits/word": 1.0, "objects/3": 1.0})
     for i, spec in enumerate(specs(found, "train", "drawn", 12)):
         assert spec.kind == "word" if isinstance(spec, Edit) else spec.level == 3, i
     assert len({type(spec) for spec in specs(found, "train", "drawn", 12)}) == 2
