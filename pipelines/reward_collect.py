@@ -117,9 +117,10 @@ def specs(config: CollectConfig, split: str, kind: str, count: int) -> list[Spec
 def _share(name: str) -> dict[str, Any]:
     """What to draw for a share: a category, `objects/2` of a level, `edits/move` of a kind."""
     category, _, rest = name.partition("/")
-    if category == "edits" and rest in ("", *get_args(world.EditKind)):
-        return {"category": category, "kind": rest or None}
-    if category in get_args(world.Category) and rest in ("", "1", "2", "3"):
+    if category == "edits":
+        if rest in ("", *get_args(world.EditKind)):
+            return {"category": category, "kind": rest or None}
+    elif category in get_args(world.Category) and rest in ("", "1", "2", "3"):
         return {"category": category, "level": int(rest or 1)}
     raise ConfigError(f"shares: expected such as text, objects/2 or edits/move, got {name!r}")
 
