@@ -40,10 +40,9 @@ Gain = Mapping[str, float | int]
 Done = dict[str, list[Run]]  # scheme -> one run per seed
 
 
-def finished(name: str, scheme: str, seed: int, overrides: Sequence[str]) -> Run:
-    """The run of a scheme, found, continued or made. Raises ConfigError."""
-    own = [f"scheme={scheme}", f"seed={seed}", f"name={scheme}-seed{seed}"]
-    given = config.load(Config, name, [*overrides, *own], "align")
+def finished(base: str, name: str, overrides: Sequence[str]) -> Run:
+    """The run of this name, found, continued or made. Raises ConfigError."""
+    given = config.load(Config, base, [*overrides, f"name={name}"], "align")
     run = Run(Path(given.runs) / given.name)
     if not (run.root / "result.json").is_file():
         align.run(given, run.root if run.config_path.is_file() else None)
@@ -142,11 +141,13 @@ def main() -> None:
     done: Done = {}
     for scheme in asked.schemes:
         for seed in asked.seeds:
-            root = Path(asked.runs) / f"{scheme}-seed{seed}"
-            if asked.draw and not (root / "result.json").is_file():
+            name = f"{scheme}-seed{seed}"
+            run = Run(Path(asked.runs) / name)
+            if asked.draw and not (run.root / "result.json").is_file():
                 continue
-            given = [*asked.overrides, f"runs={asked.runs}"]
-            run = Run(root) if asked.draw else finished(asked.config, scheme, seed, given)
+            if not asked.draw:
+                own = [f"runs={asked.runs}", f"scheme={scheme}", f"seed={seed}"]
+                run = finished(asked.config, name, [*asked.overrides, *own])
             keep(run, asked.out / "schemes")
             done.setdefault(scheme, []).append(run)
     atomic_write_text(asked.out / "schemes" / "table.md", table(done))
