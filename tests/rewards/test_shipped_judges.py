@@ -9,7 +9,6 @@ from rewards.scenes import annotators, candidates, world
 from rewards.scenes.render import render
 from rewards.scenes.specs import Edit
 from rewards.trained import KINDS, SHIPPED
-from rewards.types import Sample
 
 CATEGORIES = {
     "aesthetics": ("objects", "portraits", "text", "edits"),
@@ -27,15 +26,9 @@ def _samples(axis: str, count: int):
         category = CATEGORIES[axis][i % len(CATEGORIES[axis])]
         spec = world.draw(category, 77_000 + i, split="heldout", level=2)
         found = candidates.candidates(np.random.default_rng([9, i]), spec, 4)
-        samples += [_sample(spec, c.picture) for c in found]
+        samples += [candidates.answer(spec, c.picture) for c in found]
         gold.append([annotators.gold(axis, c.picture, spec) for c in found])
     return samples, np.array(gold)
-
-
-def _sample(spec, picture) -> Sample:
-    sources = (render(spec.source),) if isinstance(spec, Edit) else ()
-    category = world.category_of(spec)
-    return Sample(image=picture, prompt=world.terse(spec), category=category, sources=sources)
 
 
 def test_together_they_are_small():
@@ -57,19 +50,7 @@ def test_pictures_that_clearly_differ_are_ordered_right(axis):
     assert judge.card.calibration.raw and judge.card.temperature > 0 and judge.card.noise_floor > 0
 
 
-WEAK = pytest.mark.xfail(strict=True, reason="likes some swapped instructions, see README")
-
-
-@pytest.mark.parametrize(
-    "axis",
-    [
-        "aesthetics",
-        "fidelity",
-        "portrait",
-        pytest.param("instruction", marks=WEAK),
-        "consistency",
-    ],
-)
+@pytest.mark.parametrize("axis", KINDS)
 def test_no_canary_is_liked(axis):
     judge = load_judge(f"scenes/{axis}")
     specs = [
@@ -78,7 +59,7 @@ def test_no_canary_is_liked(axis):
         )
         for i in range(72)
     ]
-    clean = [_sample(s, render(s.target if isinstance(s, Edit) else s)) for s in specs]
+    clean = [candidates.answer(s, render(s.target if isinstance(s, Edit) else s)) for s in specs]
     before = [s.value for s in run_judge(judge, clean)]
     for name, canary in probes.canaries(clean, axis).items():
         made = [canary(sample) for sample in clean]
