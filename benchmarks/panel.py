@@ -31,6 +31,7 @@ import torch
 from pipelines import align
 from rewards.judge import Judge, load_judge, run_judge
 from rewards.scenes import world
+from rewards.scenes.candidates import answer
 from rewards.scenes.render import render
 from rewards.trained import TowersJudge
 from rewards.types import Sample
@@ -68,19 +69,9 @@ def group(category: str, level: int, seed: int, size: int) -> list[Sample]:
     """Noisy pictures of one prompt, none like another."""
     rng = np.random.default_rng(seed)
     spec = world.draw(category, seed, level=level)  # type: ignore[arg-type]
-    edit = isinstance(spec, world.Edit)
     picture = render(spec.target if isinstance(spec, world.Edit) else spec)
     noisy = [np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255) for _ in range(size)]
-    return [
-        Sample(
-            image=image.astype(np.uint8),
-            prompt=world.terse(spec),
-            category=category,
-            sources=(render(spec.source),) if edit else (),
-            target=world.dump(spec),
-        )
-        for image in noisy
-    ]
+    return [answer(spec, image.astype(np.uint8)) for image in noisy]
 
 
 def milliseconds(judges: Sequence[Judge], groups: Sequence[Sequence[Sample]]) -> float:

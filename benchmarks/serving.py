@@ -31,6 +31,7 @@ from pipelines.reward_serve import ServeConfig
 from rewards.client import RemoteJudge
 from rewards.judge import Judge, load_judge
 from rewards.scenes import world
+from rewards.scenes.candidates import answer
 from rewards.scenes.render import render
 from rewards.scenes.specs import Edit
 from rewards.scenes.world import Category
@@ -82,18 +83,9 @@ def pool(judge: Judge, count: int) -> list[Sample]:
     for i in range(count):
         spec = world.draw(kinds[i // len(SIZES) % len(kinds)], i)
         size = SIZES[i % len(SIZES)]
-        edit = isinstance(spec, Edit)
-        picture = render(spec.target if edit else spec, size)
+        picture = render(spec.target if isinstance(spec, Edit) else spec, size)
         noisy = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
-        out.append(
-            Sample(
-                image=noisy,
-                prompt=world.terse(spec),
-                category=world.category_of(spec),
-                sources=(render(spec.source, size),) if edit else (),
-                target=world.dump(spec),
-            )
-        )
+        out.append(answer(spec, noisy))
     return out
 
 

@@ -27,7 +27,6 @@ from rewards.scenes.specs import Edit, Spec
 from rewards.training.collate import TOUCHED
 from rewards.training.schema import Judgement
 from rewards.training.table import write_judgements
-from rewards.types import Sample
 from rlhf.cluster.pool import Here, Pool, Workers
 from rlhf.errors import ConfigError
 from rlhf.gallery import Painter, Wanted, make_painter
@@ -156,14 +155,8 @@ def _spoilt(rng: np.random.Generator, spec: Spec | Edit, one: Candidate, share: 
     if rng.random() >= share:
         return one
     right = render(spec.target if isinstance(spec, Edit) else spec, one.picture.shape[-1])
-    sample = Sample(
-        image=right,
-        prompt=world.terse(spec),
-        category=world.category_of(spec),
-        sources=(render(spec.source, right.shape[-1]),) if isinstance(spec, Edit) else (),
-    )
     name = list(CANARIES)[int(rng.integers(len(CANARIES)))]
-    made = CANARIES[name](sample)
+    made = CANARIES[name](candidates.answer(spec, right))
     return one if made is None else Candidate(picture=made.image, origin=f"canary:{name}")
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from rewards import probes
 from rewards.images import from_pil, to_pil
+from rewards.scenes import world
 from rewards.scenes.render import render
 from rewards.scenes.specs import (
     BACKGROUNDS,
@@ -35,6 +36,7 @@ from rewards.scenes.specs import (
     Spec,
     Thing,
 )
+from rewards.types import Sample
 
 Picture = UInt8[np.ndarray, "3 h w"]
 Rng = np.random.Generator
@@ -258,3 +260,15 @@ def candidates(rng: Rng, spec: Spec | Edit, count: int, size: int = 64) -> list[
         return mistake(rng, source) if draw < 0.55 else mistake(rng, target)
 
     return [_drawn(rng, target, wrong, size) for _ in range(count)]
+
+
+def answer(spec: Spec | Edit, picture: Picture) -> Sample:
+    """A picture as an answer to a spec; an edit's source is drawn at the picture's size."""
+    sources = (render(spec.source, picture.shape[-1]),) if isinstance(spec, Edit) else ()
+    return Sample(
+        image=picture,
+        prompt=world.terse(spec),
+        category=world.category_of(spec),
+        sources=sources,
+        target=world.dump(spec),
+    )

@@ -98,7 +98,7 @@ class Crew:
         self._spawn, self._recipe = spawn, recipe
         self._seconds, self._patience = seconds, patience
         self._todo: deque[Call] = deque()
-        self._idle: list[tuple[Any, int]] = []
+        self._idle: deque[tuple[Any, int]] = deque()  # who has waited longest is next
         self._busy: dict[ObjectRef, _Task] = {}
         self.pids: dict[int, int] = {}  # by seat, of those that have started
         for seat in range(size):
@@ -129,7 +129,7 @@ class Crew:
     def dispatch(self) -> None:
         """Give waiting calls to idle actors. Raises ClusterError if there is none left at all."""
         while self._todo and self._idle:
-            actor, seat = self._idle.pop()
+            actor, seat = self._idle.popleft()
             self._send(actor, seat, self._todo.popleft(), self._seconds)
         if self._todo and not self._busy:
             raise ClusterError(

@@ -188,7 +188,9 @@ def test_ray_is_compared_with_this_process(tiny_base, ray_head):
 def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
     more = ("cluster.kind=ray", "cluster.rollout_workers=2")
     out = tmp_path / "scaling.json"
-    config = bench.ScalingConfig(overrides=settings(tiny_base, *more), repeats=2, out=str(out))
+    config = bench.ScalingConfig(
+        align="align/hybrid", overrides=settings(tiny_base, *more), repeats=2, out=str(out)
+    )
     config.check()
     result = bench.scaling(config)
     assert json.loads(out.read_text()) == result
