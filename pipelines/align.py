@@ -43,7 +43,7 @@ class Recorder:
         watch = [card.name for card in cards[len(config.judges) :]]
         self.monitor = Monitor(config.monitor, cards, watch, run.rows())
         self.log = MetricsLog(run.root)
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.latest: Evaluation | None = None
         self.stopping = False
 
@@ -143,7 +143,8 @@ def run(config: Config, resume: Path | None = None) -> dict[str, Any]:
             home = resume or Path(config.runs) / config.name
             if not left or not (home / "config.yaml").is_file():
                 raise
-            Console(stderr=True).print(f"{error}: goes on by itself", style="yellow")
+            said = f"{error}: goes on by itself"
+            Console(stderr=True, markup=False).print(said, style="yellow")
             left, resume = left - 1, home
 
 
@@ -176,6 +177,12 @@ def _run(config: Config, resume: Path | None) -> dict[str, Any]:
         if last.is_file():
             (home.samples / "after.png").write_bytes(last.read_bytes())
         cluster.export(slot, home.root / "export")
+    except LearnerLost as error:
+        if recorder.stopping:  # the signal went to the learner, too
+            raise Interrupted(
+                f"stopped by a signal that took a learner along: continue with --resume {home.root}"
+            ) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
         recorder.log.close()

@@ -55,6 +55,13 @@ class StepConfig:
     def check(self) -> None:
         if self.repeats < 1:
             raise ConfigError(f"repeats: expected at least 1, got {self.repeats}: 5 is usual")
+        c = self.target()
+        if c.staleness or c.cluster.learners > 1:
+            raise ConfigError(
+                f"{self.align}: expected the synchronous loop and one learner, got staleness="
+                f"{c.staleness} and cluster.learners={c.cluster.learners}: write"
+                " overrides='[staleness=0, cluster.learners=1]'"
+            )
 
     def target(self) -> AlignConfig:
         """The configuration that is timed. Raises ConfigError."""

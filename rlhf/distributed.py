@@ -1,8 +1,8 @@
 """Several processes that train one model: who they are, what they share, how they agree.
 
-Processes are started by torchrun and found through its environment; alone, every function here is
-the identity. The batch of a step is a function of the step: each rank has the whole list of
-micro-batches and computes a contiguous share of it.
+Processes are started by torchrun, or by Ray (`rlhf.cluster`), and found through torchrun's
+environment; alone, every function here is the identity. The batch of a step is a function of the
+step: each rank has the whole list of micro-batches and computes a contiguous share of it.
 """
 
 from __future__ import annotations

@@ -71,4 +71,4 @@ class RewardHacked(AlignError, RuntimeError):
 
 
 class Interrupted(AlignError, RuntimeError):
-    """A signal stopped the run after it wrote a checkpoint; `--resume RUN` continues it."""
+    """A signal stopped the run, if it could after a checkpoint; `--resume RUN` continues it."""

@@ -25,6 +25,7 @@ from rlhf.errors import ClusterError
 log = logging.getLogger(__name__)
 GONE = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)
 START = "start"
+READY = "__ray_ready__"  # every actor has it
 
 
 class Lost(Exception):
@@ -194,12 +195,14 @@ class Crew:
         self.pids.pop(task.seat, None)
         call = task.call
         call.tries += 1
-        log.warning("a %s is replaced during %s: %s", self.what, call.method, reason)
-        if call.method == START:
-            if not late and call.tries < self.tries:
-                self._hire(task.seat, call.tries)
+        if call.method == START and (late or call.tries >= self.tries):
+            log.warning("a %s could not be started: %s", self.what, reason)
             return
-        self._hire(task.seat)
+        log.warning("a %s is replaced during %s: %s", self.what, call.method, reason)
+        self._hire(task.seat, call.tries if call.method == START else 0)
+        if call.method in (START, READY):
+            return
+        self._look_after_idle()
         if call.tries < self.tries:
             self.put(call, first=True)
         elif call.give_up is not None:
@@ -209,6 +212,15 @@ class Crew:
                 f"{self.what}: {call.tries} actors in a row were lost over one call, the last one:"
                 f" {reason}: look at their logs, then continue with --resume"
             )
+
+    def _look_after_idle(self) -> None:
+        """Ask those without work for a sign of life: where one died, others may have, and each
+        would cost a call one of its tries.
+        """
+        while self._idle:
+            actor, seat = self._idle.popleft()
+            sign = Call(method=READY, args=(), then=lambda _: None)
+            self._send(actor, seat, sign, self._seconds)
 
 
 def drive(
@@ -231,9 +243,9 @@ def drive(
         if not waiting and not at:
             raise ClusterError("nothing is under way that the wait could end with")
         limit = min([crew.deadline for crew in crews] + [end] * bool(waiting))
-        ready, _ = ray.wait(
-            [*waiting, *at], timeout=max(limit - time.monotonic(), 0), fetch_local=False
-        )
+        out = [*waiting, *at]
+        ray.wait(out, timeout=max(limit - time.monotonic(), 0), fetch_local=False)
+        ready, _ = ray.wait(out, num_returns=len(out), timeout=0, fetch_local=False)  # every one
         for future in ready:
             if future in at:
                 at[future].settle(future)

@@ -142,6 +142,15 @@ def test_the_plan_needs_no_model():
         bench.StepConfig(repeats=0).check()
 
 
+def test_only_the_loop_that_is_timed_is_accepted(tiny_base):
+    """`align` with one learner: figures of another would bear the wrong name."""
+    ahead = ("cluster.kind=ray", "cluster.layout=disaggregated", "staleness=1")
+    for more in (ahead, ("cluster.kind=ray", "cluster.learners=2")):
+        with pytest.raises(ConfigError, match="staleness=0, cluster.learners=1"):
+            small(tiny_base, *more).check()
+    small(tiny_base).check()
+
+
 class Counter:
     def __init__(self):
         self.calls = 0

@@ -1,6 +1,8 @@
 """A run whose learner is lost goes back to its last checkpoint by itself, as often as allowed."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -19,13 +21,15 @@ def lose(monkeypatch):
     """Lose the learner in the updates of these iterations, one after another."""
     update = LocalCluster.update
 
-    def losing(*iterations):
+    def losing(*iterations, signalled=False):
         left = list(iterations)
 
         def failing(self, refs, advantages):
             if left and refs[0].iteration == left[0]:
                 left.pop(0)
-                raise LearnerLost("the learner died")
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise LearnerLost("[/a/node] the learner died")
             return update(self, refs, advantages)
 
         monkeypatch.setattr(LocalCluster, "update", failing)
@@ -56,3 +60,15 @@ def test_it_stops_when_that_happens_too_often(tiny_base, tmp_path, capsys, lose)
     with pytest.raises(SystemExit) as stopped:
         main(arguments(tiny_base, tmp_path, *FEW, "cluster.restarts=1"))
     assert stopped.value.code == 1 and "the learner died" in capsys.readouterr().err
+
+
+def test_a_learner_that_ends_with_a_signal_to_all_is_not_replaced(
+    tiny_base, tmp_path, capsys, lose
+):
+    lose(3, signalled=True)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tiny_base, tmp_path, *FEW))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 3 and "goes on by itself" not in said and "--resume" in said
+    assert main(["align", "--resume", str(tmp_path / "runs" / "tiny")]) == 0
+    assert len(ended(tmp_path / "runs" / "tiny")[0]) == 4

@@ -140,6 +140,19 @@ def test_other_weights_than_the_rollouts_are_noticed(any_base):
     assert same(before, pair.train())
 
 
+def test_another_grid_than_the_rollouts_is_noticed(any_base):
+    """The learner has none of its own: levels and numbers of steps are those of the record."""
+    pair = Pair(any_base, "grpo")
+    got, before = pair.roll(), pair.train()
+    other = replace(pair.sampler, steps=5).schedule(pair.learner.policy)
+    swapped = [replace(r, trajectory=replace(r.trajectory, index_K=(1, 0))) for r in got]
+    for wrong in ([replace(r, schedule=other) for r in got], swapped):
+        with pytest.raises(ReplayMismatch):
+            pair.learner.update(wrong, advantages())
+    assert same(before, pair.train())
+    assert pair.learner.update(got, advantages()).metrics["ratio/first_max_dev"] <= 1e-6
+
+
 def test_another_dtype_than_the_rollouts_is_noticed_and_replay_mode_bridges_it(any_base):
     for mode in ("rollout", "replay"):
         pair = Pair(any_base, "grpo", worker_dtype="bfloat16", old_logp=mode)

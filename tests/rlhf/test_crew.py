@@ -86,7 +86,32 @@ def test_what_a_call_raises_comes_back_as_itself_and_the_actor_lives(crew, tmp_p
     assert ask(one, [7]) == [70] and one.pids == pids
 
 
-def test_without_a_replacement_the_rest_go_on_and_the_last_one_ends_it(crew, tmp_path):
+def test_answers_that_came_while_nobody_looked_are_not_late(crew, tmp_path, ray_head):
+    import ray
+
+    from rlhf.cluster.crew import Call, drive
+
+    two, got = crew(size=2, seconds=1.0), []
+    pids = dict(two.pids)
+    for number in (1, 2):
+        two.put(Call(method="work", args=(number,), then=got.append))
+    two.dispatch()
+    time.sleep(2.0)  # the driver was stopped, or busy
+    drive([two], lambda: len(got) == 2)
+    assert sorted(got) == [10, 20] and sorted(asked(tmp_path)) == [1, 2] and two.pids == pids
+    drive([], lambda: True, [ray.put(1), ray.put(2)], 0.0)
+
+
+def test_actors_that_died_idle_cost_a_call_one_try(crew, tmp_path):
+    three = crew(size=3, tries=2)
+    pids = set(three.pids.values())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert ask(three, [1]) == [10] and asked(tmp_path) == [1]
+    assert not pids & set(three.pids.values())
+
+
+def test_without_a_replacement_the_rest_go_on_and_the_last_one_ends_it(crew, tmp_path, caplog):
     from rlhf.cluster.crew import Call
 
     two = crew(size=2)
@@ -98,6 +123,7 @@ def test_without_a_replacement_the_rest_go_on_and_the_last_one_ends_it(crew, tmp
         if left:
             ask(two, [1], until=lambda gone=gone: bool(gone) and two.started)
             assert ask(two, [2, 3]) == [20, 30]
+            assert caplog.messages[-1].startswith("a worker could not be started:")
         else:
             with pytest.raises(ClusterError, match="no worker is left of 2"):
                 ask(two, [4])

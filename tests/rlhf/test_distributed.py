@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from rlhf import checkpoint
 from rlhf.distributed import ALONE, Ranks, from_environment, start
 from rlhf.errors import ClusterError, ConfigError
-from rlhf.learner import Learner, LearnerConfig
+from rlhf.learner import Diverged, Learner, LearnerConfig
 from rlhf.metrics import read_rows
 from rlhf.parallel import wrap
 from rlhf.training import equal_parts
-from tests.rlhf.ranks import Job, Net, everything, killed, launch, same, trained
+from tests.rlhf.ranks import Job, Net, batch_of, everything, killed, launch, same, trained
 
 MODES = ("ddp", "fsdp")
 
@@ -81,6 +81,21 @@ def test_a_run_of_two_ranks_writes_what_one_writes(two, one):
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(two):
     said = [json.loads((two / f"spoilt_{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0] == said[1] == {"skipped": True, "steps": 2, "nonfinite": 1}
+
+
+def test_gradients_that_are_not_finite_move_nothing_and_end_a_run_when_they_stay():
+    job = Job(warmup_steps=10, nonfinite_limit=3)
+    spoilt = lambda batch: (job.objective(batch)[0] * float("nan"), {})  # noqa: E731
+    job.steps(1, 1)
+    weights, rate = job.learner.weights(), job.learner.rate()
+    for _ in range(2):
+        assert job.learner.step([batch_of(2)], spoilt).skipped
+    assert job.learner.rate() == rate and job.learner.state()[1] == {"steps": 1, "nonfinite": 2}
+    assert same(weights, job.learner.weights())
+    assert not job.steps(2, 2)[0].skipped and job.learner.state()[1]["nonfinite"] == 0
+    with pytest.raises(Diverged, match="3 gradients in a row were not finite at step 2"):
+        for _ in range(3):
+            job.learner.step([batch_of(3)], spoilt)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Invariant 5 (the stock pipeline's samples), and what a policy promises about layouts."""
 
+import itertools
 import json
 import shutil
 
@@ -252,6 +253,22 @@ def test_bfloat16_trains_float32_masters(any_base):
     assert {t.dtype for t in made.slots.tensors("train").values()} == {torch.float32}
     v = velocity(made, made.encode(TEXTS[0]), True, rows=2)
     assert v.dtype is torch.float32 and torch.isfinite(v).all()
+
+
+@pytest.mark.slow
+def test_steps_of_a_bfloat16_model_are_float32(any_base):
+    """The Euler steps of the pipeline, had it rounded nothing but the velocities."""
+    made, how = make_policy(any_base, dtype="bfloat16"), Sampler(steps=6, cached_prefix=False)
+    condition, x = made.encode(TEXTS[1]), noises(made, (3,))
+    rounded = x.bfloat16().float()
+    sigmas = how.schedule(made).sigmas
+    with torch.no_grad():
+        for s, after in itertools.pairwise(sigmas):
+            v = made.velocity(x, torch.full((1,), s), condition, size=(64, 64))
+            x, rounded = x + (after - s) * v, (rounded + (after - s) * v).bfloat16().float()
+    got = sample(made, how, TEXTS[1], seeds=(3,)).x0_GNC
+    assert got.dtype is torch.float32 and (got - x).abs().max() <= 1e-5
+    assert (got - rounded).abs().max() > 1e-3
 
 
 # --- refusals -----------------------------------------------------------------------------------
