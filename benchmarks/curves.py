@@ -1,8 +1,8 @@
 """Keep the metrics of runs and draw their held-out curves on one figure.
 
-    python benchmarks/curves.py hybrid runs/scenes runs/guided runs/unguided
+    python benchmarks/curves.py demo runs/hybrid-seed0 runs/hybrid-seed1
 
-writes benchmarks/results/hybrid/<run>.jsonl, <run>.result.json and benchmarks/results/hybrid.png.
+writes benchmarks/results/demo/<run>.jsonl, <run>.result.json and benchmarks/results/demo.png.
 """
 
 from __future__ import annotations
