@@ -70,14 +70,14 @@ class Description:
     """What a model says of itself before its weights are read."""
 
     family: type[PipelinePolicy]
-    parts: Parts  # those of `family.READS`
+    parts: Parts  # those of `family.READS`, and the pipeline's own
     own_grid: bool  # distilled to a few noise levels, written in its index
 
 
 def describe(model: str) -> Description:
     """The description of a model. Raises ConfigError, as `family_of` does."""
     (family, index), path = _read_index(model), locate_base(model)
-    parts = {}
+    parts: dict[str, Mapping[str, Any]] = {"pipeline": index}
     for name in family.READS:
         reader = FlowMatchEulerDiscreteScheduler if name == "scheduler" else _Model
         try:
