@@ -1,12 +1,12 @@
 """What a method of distillation is: it asks the student somewhere and says what is right there.
 
-    segments       the teacher's guided trajectory, cut at the student's grid: v* is the mean
-                   velocity of a segment. Cheap, and a warm start for the others.
-    consistency    from any level of a segment to its end: v* leads where one teacher step and then
-                   the student itself lead (arXiv:2303.01469, by segments: arXiv:2405.18407)
-    dmd            distribution matching, in `matching.py`
-    opd            every state of the student's own trajectory: v* is the teacher's guided velocity
-                   there (arXiv:2606.27608)
+segments       the teacher's guided trajectory, cut at the student's grid: v* is the mean
+               velocity of a segment. Cheap, and a warm start for the others.
+consistency    from any level of a segment to its end: v* leads where one teacher step and then
+               the student itself lead (arXiv:2303.01469, by segments: arXiv:2405.18407)
+dmd            distribution matching, in `matching.py`
+opd            every state of the student's own trajectory: v* is the teacher's guided velocity
+               there (arXiv:2606.27608)
 """
 
 from __future__ import annotations

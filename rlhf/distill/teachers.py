@@ -34,7 +34,11 @@ class TeacherConfig:
     def check(self) -> None:
         if self.guidance < 1:
             raise ConfigError(f"guidance: expected 1 (unguided) or more, got {self.guidance}")
-        if not self.by_step or min(self.by_step) < 0 or min(self.categories.values(), default=-1) < 0:
+        if (
+            not self.by_step
+            or min(self.by_step) < 0
+            or min(self.categories.values(), default=-1) < 0
+        ):
             raise ConfigError(
                 f"categories and by_step: expected weights of 0 or more, got {self.categories} and"
                 f' {list(self.by_step)}: write {{"*": 1}} and [1]'
@@ -115,9 +119,7 @@ class Spoken:
         return total
 
 
-def open_teachers(
-    student: PipelinePolicy, configs: Mapping[str, TeacherConfig]
-) -> Teachers:
+def open_teachers(student: PipelinePolicy, configs: Mapping[str, TeacherConfig]) -> Teachers:
     """Teachers by name. Those whose base and trained weights are laid out like the student's are
     slots `teacher/<name>` of it and share all that is frozen; others are policies of their own.
 
@@ -152,5 +154,3 @@ def _open(student: PipelinePolicy, name: str, config: TeacherConfig) -> Teacher:
 def _alike(one: PolicyConfig, other: PolicyConfig) -> bool:
     """Whether weights of one are a slot of the other."""
     return replace(one, seed=0, checkpointing=False) == replace(other, seed=0, checkpointing=False)
-
-
