@@ -251,7 +251,9 @@ def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]
     elif config.method == "consistency":
         method = Consistency(parts.policy, parts.teachers, kept)
     else:
-        method = DistributionMatching(parts.policy, parts.teachers, knots, config.matching)
+        method = DistributionMatching(
+            parts.policy, parts.teachers, knots, config.matching, config.precision
+        )
     shown = _shown(config, parts, knots, kept)
     return _finish(config, home, parts, method, shown, knots)
 

@@ -21,7 +21,7 @@ from rlhf.distill.objectives import euler, matching_gradient, matching_target, v
 from rlhf.distill.teachers import Teachers
 from rlhf.distill.trajectories import student_states
 from rlhf.errors import ConfigError
-from rlhf.flow import logit_normal
+from rlhf.flow import logit_normal, mixed_precision
 from rlhf.learner import Learner, LearnerConfig
 from rlhf.policies.pipeline import PipelinePolicy
 
@@ -70,8 +70,10 @@ class DistributionMatching:
         teachers: Teachers,
         sigmas: Sequence[float],
         config: MatchingConfig,
+        precision: str = "float32",
     ) -> None:
         self.policy, self.teachers, self.config = policy, teachers, config
+        self.precision = precision
         self.sigmas = tuple(sigmas)
         policy.slots.copy("reference", FAKE)
         self.fake = Learner(policy.slots.learn(FAKE), config.learner)
@@ -112,7 +114,8 @@ class DistributionMatching:
         made = self._made(bundle, rows)
         t, eps = self._noise(bundle, rows)
         x_t = made.x + t[:, None, None] * (eps - made.x)
-        v = velocity_of(self.policy, bundle, x_t, t, FAKE)
+        with mixed_precision(self.policy, self.precision):
+            v = velocity_of(self.policy, bundle, x_t, t, FAKE)
         each = torch.full_like(t, bundle.weight / len(t))
         return velocity_loss(v, eps - made.x, each), {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,7 @@ def distil(
 
     def batch_of(step: int) -> tuple[Bundle, ...]:
         batch = bundles.at(step)
-        with mixed_precision(policy, precision):
-            method.follow(batch)
+        method.follow(batch)
         return batch
 
     def objective(batch: Sequence[Bundle]) -> tuple[Tensor, dict[str, float]]:
@@ -147,7 +147,7 @@ def write_model(
     policy: PipelinePolicy, folder: Path, sigmas: Sequence[float] | None, dtype: str
 ) -> None:
     """The student as a complete stock pipeline, LoRA merged into its weights; with `sigmas` one
-    that samples there.
+    that samples there. What an earlier end of the run left in `folder` is replaced.
     """
     kind = policy.PIPELINE
     pipeline: Any = kind.from_pretrained(resolve(policy.config.model), dtype=torch.float32)
@@ -162,5 +162,6 @@ def write_model(
             pipeline.transformer = network.from_pretrained(part, dtype=torch.float32)
     if sigmas is not None:
         give_grid(pipeline, sigmas)
+    shutil.rmtree(folder, ignore_errors=True)
     with atomic_directory(folder) as made:
         pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(made)
