@@ -84,8 +84,11 @@ class DistillConfig:
             raise ConfigError(f"noises: expected 0 (fresh ones) or more, got {self.noises}")
         if self.learner.parallel != "ddp":
             raise ConfigError("learner.parallel: expected ddp: slots of weights are not sharded")
-        if not self.teachers:
-            raise ConfigError("teachers: expected at least one, got none: leave the key out")
+        if set(self.prompts.shares().values()) - {1}:
+            raise ConfigError(
+                f"prompts.sources: expected counts, got shares {self.prompts.shares()}: an epoch"
+                " takes every prompt once, so a source's share is its count"
+            )
         if 0 < self.learner.total_steps < self.pace.steps:
             raise ConfigError(
                 f"learner.total_steps: expected at least pace.steps, {self.pace.steps}, got"

@@ -39,7 +39,7 @@ _STEP, _LEVEL, _NOISE = 51, 52, 53  # keys of draws
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """Where a student is asked, and the velocity it should have had; see `objectives`. Rows of a
-    prompt are adjacent; weights add up to 1.
+    prompt are adjacent; weights are shares of the rows, times what a method says.
     """
 
     x_BNC: Float[Tensor, "b n c"]
@@ -103,9 +103,6 @@ class Segments(Alone):
         x, x_end = by_prompt(states[:-1], prompts), by_prompt(states[1:], prompts)
         v = average_velocity(x, x_end, s, s_end)
         return Targets(x_BNC=x, sigma_B=s, velocity_BNC=v, weight_B=torch.full_like(s, 1 / len(s)))
-
-    def figures(self) -> Mapping[str, float]:
-        return {"teacher/sampled": float(self.trajectories.sampled)}
 
 
 class Consistency(Alone):

@@ -63,7 +63,6 @@ class Trajectories:
     ) -> None:
         self.teachers, self.folder = teachers, folder
         self.sigmas, self.knots = tuple(sigmas), tuple(knots)
-        self.sampled = 0  # rows
         said = {name: repr(one.config) for name, one in teachers.every.items()}
         self._made_by = [said, teachers.checksums(), self.sigmas, self.knots]
 
@@ -74,7 +73,6 @@ class Trajectories:
             return load(path.read_bytes())["states"]
         noises = bundle.noises(policy)
         states = teacher_states(self.teachers, bundle, self.sigmas, self.knots, noises)
-        self.sampled += bundle.rows
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, save({"states": states.contiguous()}))
         return states

@@ -81,9 +81,10 @@ def describe(model: str) -> Description:
     for name in family.READS:
         reader = FlowMatchEulerDiscreteScheduler if name == "scheduler" else _Model
         try:
-            parts[name] = reader.load_config(path, subfolder=name)
+            found: Any = reader.load_config(path, subfolder=name)
         except OSError as error:
             raise ConfigError(f"policy.model: could not open '{model}': {error}") from error
+        parts[name] = found
     own = index.get("sample_sigmas") is not None
     return Description(family=family, parts=parts, own_grid=own)
 
