@@ -80,8 +80,8 @@ def _open_run(run: Run, opening: Opening) -> Opened:
         return replace(opened, name=run.name, run=run)
     if not isinstance(section, Mapping):
         raise ConfigError(
-            f"expected a run of align, pretrain or distill, got {run.root}, whose config.yaml names no "
-            "policy: name the directory of a model, or a run that made one"
+            f"expected a run of align, pretrain or distill, got {run.root}, whose config.yaml names"
+            " no policy: name the directory of a model, or a run that made one"
         )
     config = config_module.build(PolicyConfig, section)
     policy, step = load_policy(_placed(config, opening)), None
