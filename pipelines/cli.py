@@ -212,6 +212,22 @@ PROGRAMS = (
         module="reward_calibrate",
     ),
     Program(
+        "distill fewstep",
+        "distil a guided teacher into a student of a few steps without guidance",
+        (
+            "rlhf distill fewstep --config distill/fewstep",
+            "rlhf distill fewstep --config distill/fewstep_dmd start=runs/fewstep",
+            "rlhf distill fewstep --resume runs/fewstep",
+        ),
+        resumable=True,
+    ),
+    Program(
+        "distill opd",
+        "distil guided teachers on the student's own trajectories",
+        ("rlhf distill opd --config distill/opd", "rlhf distill opd --resume runs/opd"),
+        resumable=True,
+    ),
+    Program(
         "vae",
         "train the image codec of the scenes base",
         ("rlhf vae --config vae/scenes",),

@@ -4,6 +4,10 @@ recon/...     what the autoencoder keeps of held-out pictures, read by the oracl
               beside that of a linear code of the same size
 heldout/...   pictures of held-out prompts: guided, `/w1` unguided, `/steps4` unguided in four steps
 chance/...    the same guided pictures read against other prompts
+fewstep/...   with `teacher`: `<steps>/<kind>/strict_ratio`, the share of strictly right pictures
+              (of the first of `settings`) over that of the teacher's guided ones of the same noise,
+              of all kinds `<steps>/strict_ratio`; forwards and seconds for a picture, the teacher's
+              over the model's. heldout/<kind>/strict/teacher is the teacher's own share
 sweep/...     objects of the first of `levels` by guidance (of split heldout, so that no choice is
               made on align-heldout)
 axes/...      rank correlations of the oracle's axes on the guided pictures
@@ -39,6 +43,7 @@ from rlhf.files import atomic_write_text, json_text
 from rlhf.gallery import Painter, assemble, make_painter
 from rlhf.heldout import Metrics, Task
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
+from rlhf.policies.base import Policy
 from rlhf.policies.open import Opened, Opening, open_policy
 from rlhf.run import report
 from rlhf.sampling import Sampler
@@ -54,6 +59,7 @@ class Config:
 
     `n` pictures of each kind of prompt, `per_prompt` to a prompt (more where the split has fewer
     prompts). `objects_split` is the one alignment claims are made on; other kinds use heldout.
+    `teacher`: a model or run that the pictures are compared with.
     """
 
     model: str = "scenes"
@@ -70,6 +76,9 @@ class Config:
     steps: int = 40
     guidance: float = 2.0
     guidances: tuple[float, ...] = ()
+    teacher: str | None = None
+    teacher_steps: int = 40
+    teacher_guidance: float = 2.0
     size: int = 64
     seed: int = 1000
     rows: int = 64  # pictures in one call
@@ -100,6 +109,11 @@ class Config:
             height=self.size,
             width=self.size,
         )
+
+    def teacher_sampler(self) -> Sampler:
+        """How the pictures of the teacher are made."""
+        side, steps, guidance = self.size, self.teacher_steps, self.teacher_guidance
+        return Sampler(steps=steps, guidance=guidance, height=side, width=side)
 
     def tasks(self) -> list[Task]:
         """Prompts and seeds of every kind that is asked for."""
@@ -165,6 +179,15 @@ class Studio:
     rows: int
     console: Console
 
+    @staticmethod
+    def of(opening: Opening, policy: Policy, config: Config, console: Console) -> Studio:
+        """A studio of a policy that was opened here, in as many processes as asked for."""
+        painter = Painter(policy)
+        workers: Workers = Here(lambda: painter, config.threads)
+        if config.workers > 1:
+            workers = Pool(partial(make_painter, opening), config.workers, config.threads)
+        return Studio(painter=painter, workers=workers, rows=config.rows, console=console)
+
     def pictures(self, task: Task, sampler: Sampler, label: str) -> np.ndarray:
         """Pictures of a task, uint8 (P, G, 3, H, W)."""
         batches = self.painter.batches(task.wanted, sampler, self.rows)
@@ -208,6 +231,36 @@ def generation(config: Config, studio: Studio, folder: Path) -> tuple[Metrics, M
     return out, heldout.axes(guided) if guided and "axes" in config.parts else {}
 
 
+def comparison(config: Config, studio: Studio, teacher: Studio) -> Metrics:
+    """The model's pictures beside the teacher's, by kind and in all. See the module's docstring."""
+    samplers = config.sampler(config.settings[0]), config.teacher_sampler()
+    out: Metrics = {}
+    strict: list[tuple[np.ndarray, np.ndarray]] = []
+    seconds, name = [0.0, 0.0], f"fewstep/{samplers[0].steps}"
+    for task in config.tasks():
+        found = []
+        for i, (one, sampler) in enumerate(zip((studio, teacher), samplers, strict=True)):
+            began = time.monotonic()
+            made = one.pictures(task, sampler, f"{task.name} {('', 'teacher')[i]}")
+            seconds[i] += time.monotonic() - began
+            found.append(heldout.strict_of(task, made))
+        strict.append((found[0], found[1]))
+        out[f"heldout/{task.name}/strict/teacher"] = heldout.estimate(found[1])
+        out |= _named(
+            f"{name}/{task.name}/strict_ratio", heldout.strict_ratio(*([x] for x in found))
+        )
+    mine, theirs = zip(*strict, strict=True)
+    out |= _named(f"{name}/strict_ratio", heldout.strict_ratio(mine, theirs))
+    forwards = [sampler.forwards(1) for sampler in samplers]
+    out[f"{name}/forwards_ratio"] = {"value": forwards[1] / forwards[0]}
+    out[f"{name}/seconds_ratio"] = {"value": seconds[1] / seconds[0]}
+    return out
+
+
+def _named(name: str, metric: dict[str, float | int] | None) -> Metrics:
+    return {} if metric is None else {name: metric}
+
+
 def sweep(config: Config, studio: Studio) -> Metrics:
     """Strict share by guidance, and the guidance it is highest at."""
     out: Metrics = {}
@@ -242,11 +295,7 @@ def run(config: Config) -> dict[str, Any]:
     target = destination(config, opened)
     folder = target.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    painter = Painter(opened.policy)
-    workers: Workers = Here(lambda: painter, config.threads)
-    if config.workers > 1:
-        workers = Pool(partial(make_painter, opening), config.workers, config.threads)
-    studio = Studio(painter=painter, workers=workers, rows=config.rows, console=console)
+    studio = Studio.of(opening, opened.policy, config, console)
     try:
         with threads(config.threads):
             metrics: Metrics = {}
@@ -256,8 +305,10 @@ def run(config: Config) -> dict[str, Any]:
             if "recon" in config.parts:
                 metrics = reconstruction(config, opened, folder) | metrics
             metrics |= made | axes
+            if config.teacher is not None:
+                metrics |= _beside_teacher(config, studio)
     finally:
-        workers.close()
+        studio.workers.close()
     result = report(
         "evaluate",
         time.monotonic() - began,
@@ -271,6 +322,15 @@ def run(config: Config) -> dict[str, Any]:
     atomic_write_text(target, json_text(result))
     console.print(f"written: {target}", highlight=False)
     return result
+
+
+def _beside_teacher(config: Config, studio: Studio) -> Metrics:
+    opening = Opening(model=str(config.teacher), device=config.device, dtype=config.dtype)
+    teacher = Studio.of(opening, open_policy(opening).policy, config, studio.console)
+    try:
+        return comparison(config, studio, teacher)
+    finally:
+        teacher.workers.close()
 
 
 def destination(config: Config, opened: Opened) -> Path:
@@ -289,6 +349,8 @@ def plan(config: Config) -> str:
     total = sum(len(w.seeds) for t in tasks for w in t.wanted)
     rows = {s: config.sampler(s) for s in config.settings}
     each = sum(s.steps * (2 if s.guidance > 1 else 1) for s in rows.values())
+    if config.teacher is not None:
+        each += next(iter(rows.values())).forwards(1) + config.teacher_sampler().forwards(1)
     swept = len(config.guidances) * config.n * config.steps * 2
     return "\n".join(
         [

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.policies.base import Condition
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.policies.qwen_image21 import QwenImage21Policy
 
 
@@ -91,6 +92,6 @@ def loss_by_level(
     return out
 
 
-def mixed_precision(policy: QwenImage21Policy, precision: str) -> torch.autocast:
+def mixed_precision(policy: PipelinePolicy, precision: str) -> torch.autocast:
     """Context of forward passes with products in `precision`."""
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16")

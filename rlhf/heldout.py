@@ -18,6 +18,7 @@ from rewards.benchmark.ranking import ranks
 from rewards.scenes import oracle, world
 from rewards.scenes.render import render
 from rewards.scenes.specs import Edit, Spec
+from rewards.stats import bootstrap
 from rlhf.errors import PromptError
 from rlhf.evaluation import EVALUATION
 from rlhf.gallery import Wanted
@@ -144,6 +145,32 @@ def figures(task: Task, pictures: Pictures, suffix: str = "") -> Metrics:
         out[f"{name}/strict{suffix}"] = estimate(readings.strict_PG)
         out[f"{name}/soft{suffix}"] = estimate(readings.soft_PG)
     return out
+
+
+def strict_of(task: Task, pictures: Pictures) -> Bool[np.ndarray, "p g"]:
+    """Which pictures are strictly right."""
+    return verdicts(task.specs, pictures)[""].strict_PG
+
+
+def strict_ratio(
+    mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
+) -> dict[str, float | int] | None:
+    """Strict share of one model's pictures over that of another's of the same prompts and seeds,
+    with its 95% interval drawn over prompts; each holds (P, G) readings of some tasks. None where
+    the other is never right.
+    """
+    a, b = (np.concatenate([x.reshape(-1) for x in part]) for part in (mine, theirs))
+    if not b.any():
+        return None
+    prompts = [np.repeat(np.arange(len(x)), x.shape[1]) for x in mine]
+    shifts = np.cumsum([0, *(len(x) for x in mine)])
+    clusters = np.concatenate([p + k for p, k in zip(prompts, shifts, strict=False)])
+
+    def ratio(index: np.ndarray) -> float:
+        below = b[index].mean()
+        return float(a[index].mean() / below) if below else math.nan
+
+    return bootstrap(ratio, clusters, (0.0, math.inf)).as_metric()
 
 
 def chance(task: Task, pictures: Pictures, shifts: int = 8) -> Metrics:

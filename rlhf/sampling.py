@@ -84,15 +84,17 @@ class Sampled:
 
 def guided_field(
     policy: Policy, sampler: Sampler, condition: Condition, empty: Condition | None, slot: str
-) -> Callable[[Tensor, float], tuple[Tensor, Tensor | None]]:
-    """(x, sigma) -> (v_c, v_u); v_u is None at guidance 1. Prefixes are computed here, once."""
+) -> Callable[[Tensor, float | Tensor], tuple[Tensor, Tensor | None]]:
+    """(x, sigma) -> (v_c, v_u); v_u is None at guidance 1. Prefixes are computed here, once. sigma
+    is one level, or one for each row.
+    """
     if sampler.guidance > 1 and empty is None:
         raise ConfigError("guidance above 1 needs an unconditional condition, got none")
     pairs = [condition] + ([empty] if sampler.guidance > 1 and empty is not None else [])
     fixed = [policy.prefix(c, slot) if sampler.cached_prefix else None for c in pairs]
 
-    def field(x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
-        level = torch.full((len(x),), sigma)
+    def field(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        level = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))
         out = [
             policy.velocity(x, level, c, size=sampler.size, prefix=p, slot=slot)
             for c, p in zip(pairs, fixed, strict=True)

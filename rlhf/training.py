@@ -109,20 +109,22 @@ def train(
     preview: Preview | None = None,
     split: Callable[[Any, int], Sequence[Any]] = equal_parts,
     figures: Callable[[], Mapping[str, float]] = dict,
+    companions: Mapping[str, Learner] | None = None,
 ) -> Average | None:
     """Train from the last checkpoint of `run` (or from now) to `pace.steps`; returns the average.
 
     The objective is a mean over the batch; `split` cuts a batch into `pace.micro_batches` equal
     parts, each weighted by its share. `preview(step, average)` is called on the first rank before
     each checkpoint, with whole weights in place: it may draw pictures and returns figures for the
-    row. `figures()` are added to every row. Checkpoints hold weights, their average, the optimiser
-    and the step. The average that is returned is whole on the first rank and empty on others.
+    row. `figures()` are added to every row. `companions` are learners that `batch_of` steps along.
+    Checkpoints hold weights, their average, the optimisers and the step. The average that is
+    returned is whole on the first rank and empty on others.
 
     Raises:
         Interrupted: SIGTERM reached a rank; a checkpoint was written.
         ClusterError: another rank was lost.
     """
-    book = _Book(run, learner, pace, preview, figures)
+    book = _Book(run, learner, pace, preview, figures, companions or {})
     first = book.restore()
     parts = pace.micro_batches
 
@@ -164,6 +166,7 @@ class _Book:
     pace: Pace
     preview: Preview | None
     figures: Callable[[], Mapping[str, float]]
+    companions: Mapping[str, Learner]
     losses: list[float] = field(default_factory=list)  # since the last row
     since: float = field(default_factory=time.monotonic)
     log: MetricsLog | None = None
@@ -234,7 +237,10 @@ class _Book:
         tensors = {"slots/train": self.learner.weights(), "optimiser": optimiser}
         if self.average is not None:
             tensors["slots/ema"] = self.learner.whole(self.average.tensors)
-        meta = {"learner": counters, "losses": self.losses}
+        meta: dict[str, Any] = {"learner": counters, "losses": self.losses}
+        for name, other in self.companions.items():
+            tensors[f"slots/{name}"] = other.weights()
+            tensors[f"optimiser-{name}"], meta[f"learner-{name}"] = other.state()
         return checkpoint.State(tensors=tensors, meta=meta)
 
     def restore(self) -> int:
@@ -250,6 +256,9 @@ class _Book:
         state = checkpoint.load(newest)
         self.learner.load_weights(state.tensors["slots/train"])
         self.learner.load_state(state.tensors["optimiser"], state.meta["learner"])
+        for name, other in self.companions.items():
+            other.load_weights(state.tensors[f"slots/{name}"])
+            other.load_state(state.tensors[f"optimiser-{name}"], state.meta[f"learner-{name}"])
         if self.average is not None:
             held, mine = state.tensors["slots/ema"], self.learner.parameters
             self.average.tensors = {k: sharded_like(v, mine[k]).clone() for k, v in held.items()}

@@ -33,6 +33,7 @@ PAGES = (
     "data.md",
     "codecs.md",
     "pretraining.md",
+    "distillation.md",
     "serving.md",
     "reward_data.md",
     "reward_models.md",

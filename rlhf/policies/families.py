@@ -70,20 +70,21 @@ class Description:
     """What a model says of itself before its weights are read."""
 
     family: type[PipelinePolicy]
-    parts: Parts  # those of `family.READS`
+    parts: Parts  # those of `family.READS`, and the pipeline's own
     own_grid: bool  # distilled to a few noise levels, written in its index
 
 
 def describe(model: str) -> Description:
     """The description of a model. Raises ConfigError, as `family_of` does."""
     (family, index), path = _read_index(model), locate_base(model)
-    parts = {}
+    parts: dict[str, Mapping[str, Any]] = {"pipeline": index}
     for name in family.READS:
         reader = FlowMatchEulerDiscreteScheduler if name == "scheduler" else _Model
         try:
-            parts[name] = reader.load_config(path, subfolder=name)
+            found: Any = reader.load_config(path, subfolder=name)
         except OSError as error:
             raise ConfigError(f"policy.model: could not open '{model}': {error}") from error
+        parts[name] = found
     own = index.get("sample_sigmas") is not None
     return Description(family=family, parts=parts, own_grid=own)
 

@@ -1,7 +1,7 @@
 """A policy by the name a user has for it: an embedded model, a checkpoint directory, or a run.
 
 `runs/NAME` of `rlhf align` is its base with one slot of one of its checkpoints in place; of
-`rlhf pretrain`, the model it wrote.
+`rlhf pretrain` and `rlhf distill`, the model it wrote.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _open_run(run: Run, opening: Opening) -> Opened:
         return replace(opened, name=run.name, run=run)
     if not isinstance(section, Mapping):
         raise ConfigError(
-            f"expected a run of align or pretrain, got {run.root}, whose config.yaml names no "
-            "policy: name the directory of a model, or a run that made one"
+            f"expected a run of align, pretrain or distill, got {run.root}, whose config.yaml names"
+            " no policy: name the directory of a model, or a run that made one"
         )
     config = config_module.build(PolicyConfig, section)
     policy, step = load_policy(_placed(config, opening)), None

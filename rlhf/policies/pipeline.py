@@ -22,7 +22,7 @@ from rlhf.policies.base import Condition, Policy
 from rlhf.policies.config import PolicyConfig
 from rlhf.policies.slots import Slots
 
-Parts = Mapping[str, Mapping[str, Any]]  # part of a pipeline -> its configuration
+Parts = Mapping[str, Mapping[str, Any]]  # part, or "pipeline" for the whole -> its configuration
 REMEMBERED = 128  # conditions: more than an iteration's, far fewer than a set of prompts has
 
 
@@ -95,9 +95,10 @@ class PipelinePolicy(Policy):
 
     @property
     def parts(self) -> Parts:
-        """Configurations of the pipeline's parts."""
+        """Configurations of the pipeline's parts, and its own."""
         components = self.pipeline.components.items()
-        return {name: part.config for name, part in components if hasattr(part, "config")}
+        own = {"pipeline": self.pipeline.config}
+        return own | {name: part.config for name, part in components if hasattr(part, "config")}
 
     def _choose_trainable(self) -> None:
         if self.config.train == "full":

@@ -84,7 +84,8 @@ class QwenImage21Policy(PipelinePolicy):
 
     @classmethod
     def grid(cls, steps: int, size: tuple[int, int], parts: Parts) -> tuple[float, ...]:
-        return qwen_image21_sigmas(steps, tokens_of(size), parts["scheduler"])
+        own = parts.get("pipeline", {}).get("sample_sigmas")
+        return qwen_image21_sigmas(steps, tokens_of(size), parts["scheduler"], sample_sigmas=own)
 
     def _suit_cpu(self) -> None:
         on_cpu.suit(self.transformer)

@@ -48,6 +48,12 @@ class Slots:
         """target := source, made if it was not there."""
         self._held[target] = {n: t.detach().clone() for n, t in self.tensors(source).items()}
 
+    def learn(self, slot: str) -> dict[str, torch.nn.Parameter]:
+        """The tensors of a slot as parameters that can be trained beside `train`, in its place."""
+        made = {n: torch.nn.Parameter(t.detach().clone()) for n, t in self.tensors(slot).items()}
+        self._held[slot] = dict(made)
+        return made
+
     def drop(self, slot: str) -> None:
         """Forget a slot, if it is there."""
         self._held.pop(slot, None)

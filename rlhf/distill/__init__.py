@@ -1,0 +1,3 @@
+"""Distillation: guided teachers of many steps into one student that needs neither guidance nor
+many steps. `method.py` says what a method is, `objectives.py` holds the formulas.
+"""

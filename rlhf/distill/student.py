@@ -1,0 +1,167 @@
+"""A student: its run, what is looked at on the way, and the pipeline it becomes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from rewards import images
+from rlhf import checkpoint
+from rlhf.assets import resolve
+from rlhf.distill.bundles import Bundle, Bundles, split_bundles
+from rlhf.distill.method import Method, student_loss
+from rlhf.distill.trajectories import Trajectories, student_states
+from rlhf.errors import ConfigError
+from rlhf.files import atomic_directory
+from rlhf.flow import mixed_precision
+from rlhf.learner import Learner, LearnerConfig
+from rlhf.policies.pipeline import PipelinePolicy
+from rlhf.run import Run
+from rlhf.training import Average, Pace, train
+
+
+def distil(
+    run: Run,
+    policy: PipelinePolicy,
+    method: Method,
+    bundles: Bundles,
+    shown: Shown,
+    pace: Pace,
+    learning: LearnerConfig,
+    precision: str = "float32",
+) -> None:
+    """Train the slot `train`, from the run's last checkpoint on; its average, if there is one, is
+    in place afterwards. Raises what `rlhf.training.train` raises.
+    """
+    learner = Learner(policy.slots.parameters, learning)
+
+    def batch_of(step: int) -> tuple[Bundle, ...]:
+        batch = bundles.at(step)
+        method.follow(batch)
+        return batch
+
+    def objective(batch: Sequence[Bundle]) -> tuple[Tensor, dict[str, float]]:
+        (bundle,) = batch
+        asked = method.targets(bundle)
+        with mixed_precision(policy, precision):
+            return student_loss(policy, bundle, asked)
+
+    def preview(step: int, average: Average | None) -> dict[str, float]:
+        if average is not None:
+            policy.slots.load("ema", average.tensors)
+        slot = "train" if average is None else "ema"
+        shown.sheet(slot).save(run.samples / f"step_{step:06d}.png")
+        return {"heldout/distance": shown.distance(slot)}
+
+    average = train(
+        run,
+        learner,
+        batch_of,
+        objective,
+        pace,
+        preview=preview,
+        split=split_bundles,
+        figures=method.figures,
+        companions=method.companions,
+    )
+    if average is not None:
+        average.copy_to(policy.slots.parameters)
+
+
+class Shown:
+    """Held-out bundles: the teachers' pictures and the student's of the same noise."""
+
+    def __init__(
+        self,
+        policy: PipelinePolicy,
+        bundles: Bundles,
+        sigmas: Sequence[float],
+        teacher: Trajectories,
+    ) -> None:
+        self.policy, self.sigmas, self.teacher = policy, tuple(sigmas), teacher
+        steps = range(1, bundles.count + 1)
+        self.bundles = [bundle for step in steps for bundle in bundles.at(step)]
+
+    def _ends(self, bundle: Bundle, slot: str) -> tuple[Tensor, Tensor]:
+        """Final latents (B, N, C) of teachers and student."""
+        states = self.teacher.of(self.policy, bundle)
+        steps = len(self.sigmas) - 1
+        mine = student_states(self.policy, bundle, self.sigmas, states[0], steps, slot)
+        return states[-1], mine[-1]
+
+    def distance(self, slot: str = "train") -> float:
+        """Mean squared distance of the final latents, over all rows."""
+        found = [(a - b).square().flatten(1).mean(1) for a, b in self._each(slot)]
+        return float(torch.cat(found).mean())
+
+    def sheet(self, slot: str = "train") -> Any:
+        """The teachers' pictures of each bundle above the student's."""
+        rows = []
+        for bundle, ends in zip(self.bundles, self._each(slot), strict=True):
+            rows += [list(self.policy.decode(x, bundle.size).numpy()[:16]) for x in ends]
+        return images.contact_sheet(rows)
+
+    def _each(self, slot: str) -> list[tuple[Tensor, Tensor]]:
+        return [self._ends(bundle, slot) for bundle in self.bundles]
+
+
+def start_from(policy: PipelinePolicy, run: str, slot: str) -> None:
+    """Put a slot of the newest checkpoint of a run in place of the student's weights.
+
+    Raises:
+        ConfigError: no such slot. CheckpointError: no checkpoint, or of another base or rank.
+    """
+    tensors = checkpoint.load(checkpoint.locate(Path(run))).tensors
+    if f"slots/{slot}" not in tensors:
+        there = [n.removeprefix("slots/") for n in tensors if n.startswith("slots/")]
+        raise ConfigError(f"start_slot: expected one of {there} of {run}, got '{slot}'")
+    policy.slots.load("train", tensors[f"slots/{slot}"])
+
+
+def give_grid(pipeline: Any, sigmas: Sequence[float]) -> None:
+    """Have a stock pipeline sample at exactly these levels unless it is told otherwise: they become
+    its `sample_sigmas`, and its scheduler moves none of them.
+
+    Raises:
+        ConfigError: a pipeline that holds no levels of its own.
+    """
+    if "sample_sigmas" not in pipeline.config:
+        raise ConfigError(
+            "grid: expected a QwenImage21Pipeline, which can be configured with noise levels, got a"
+            f" {type(pipeline).__name__}"
+        )
+    pipeline.register_to_config(sample_sigmas=list(sigmas[:-1]))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None
+    )
+
+
+def write_model(
+    policy: PipelinePolicy, folder: Path, sigmas: Sequence[float] | None, dtype: str
+) -> None:
+    """The student as a complete stock pipeline, LoRA merged into its weights; with `sigmas` one
+    that samples there. What an earlier end of the run left in `folder` is replaced.
+    """
+    kind = policy.PIPELINE
+    pipeline: Any = kind.from_pretrained(resolve(policy.config.model), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as part:
+        policy.export(part, policy.slots.tensors("train"))
+        if policy.config.train == "lora":
+            pipeline.load_lora_weights(part)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        else:
+            network = type(policy.transformer)
+            pipeline.transformer = network.from_pretrained(part, dtype=torch.float32)
+    if sigmas is not None:
+        give_grid(pipeline, sigmas)
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_directory(folder) as made:
+        pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(made)

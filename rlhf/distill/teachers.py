@@ -1,0 +1,156 @@
+"""Frozen, guided teachers: which weights, how strongly guided, and who is listened to where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rlhf.distill.bundles import Bundle, Field, field_of
+from rlhf.errors import ConfigError
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.open import Opening, open_policy
+from rlhf.policies.pipeline import PipelinePolicy
+from rlhf.weights import checksum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """`model`: a base, or runs/NAME with `checkpoint` (None: newest) and `slot`; None is the base
+    that the student starts from. `categories`: its say by category of prompt, "*" for every other.
+    `by_step`: its say at each step of the student, the last value for all that follow; together
+    they are multiplied and shared out among the teachers.
+    """
+
+    model: str | None = None
+    checkpoint: int | None = None
+    slot: str = "train"
+    guidance: float = 2.0
+    categories: dict[str, float] = field(default_factory=lambda: {"*": 1.0})
+    by_step: tuple[float, ...] = (1.0,)
+
+    def check(self) -> None:
+        if self.guidance < 1:
+            raise ConfigError(f"guidance: expected 1 (unguided) or more, got {self.guidance}")
+        if (
+            not self.by_step
+            or min(self.by_step) < 0
+            or min(self.categories.values(), default=-1) < 0
+        ):
+            raise ConfigError(
+                f"categories and by_step: expected weights of 0 or more, got {self.categories} and"
+                f' {list(self.by_step)}: write {{"*": 1}} and [1]'
+            )
+
+    def say(self, category: str, step: int) -> float:
+        """Its weight, before it is shared out."""
+        own = self.categories.get(category, self.categories.get("*", 0.0))
+        return own * self.by_step[min(step, len(self.by_step) - 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """The guided velocity field of one slot of a policy."""
+
+    config: TeacherConfig
+    policy: PipelinePolicy
+    slot: str
+
+    def field(self, bundle: Bundle) -> Field:
+        """(x, sigma) -> v_u + w (v_c - v_u), without gradient."""
+        return field_of(self.policy, bundle, self.slot, self.config.guidance)
+
+    def checksum(self) -> str:
+        """Of the weights it speaks with."""
+        if self.policy.slots.parameters:
+            return checksum(self.policy.slots.tensors(self.slot))
+        return checksum(dict(self.policy.transformer.named_parameters()))
+
+
+class Teachers:
+    """v = sum_m lambda_m v_m with sum_m lambda_m = 1 for every category and step of the student
+    (arXiv:2606.03746 for the steps). Who has no say is not asked.
+    """
+
+    def __init__(self, every: Mapping[str, Teacher]) -> None:
+        self.every = dict(every)
+
+    def shares(self, category: str, step: int) -> dict[str, float]:
+        """lambda of those that have a say. Raises ConfigError if nobody has."""
+        said = {name: t.config.say(category, step) for name, t in self.every.items()}
+        total = sum(said.values())
+        if not total > 0:
+            raise ConfigError(
+                f"teachers: expected one with a say on prompts of '{category}' at step {step + 1},"
+                f' got {said}: write teachers.NAME.categories={{"*": 1}}'
+            )
+        return {name: value / total for name, value in said.items() if value > 0}
+
+    def check(self, categories: Sequence[str], steps: int) -> None:
+        """Raise ConfigError for a category and step at which nobody has a say."""
+        for category in categories:
+            for step in range(steps):
+                self.shares(category, step)
+
+    def fields(self, bundle: Bundle) -> Spoken:
+        return Spoken(self, bundle)
+
+    def checksums(self) -> dict[str, str]:
+        """Of the weights of each; equal before and after training."""
+        return {name: teacher.checksum() for name, teacher in self.every.items()}
+
+
+class Spoken:
+    """What teachers say about one bundle; the prefixes of each are computed once."""
+
+    def __init__(self, teachers: Teachers, bundle: Bundle) -> None:
+        self.teachers, self.bundle = teachers, bundle
+        self._open: dict[str, Field] = {}
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, step: int) -> Tensor:
+        """The shared velocity at x, at a step of the student."""
+        total = torch.zeros_like(x)
+        for name, share in self.teachers.shares(self.bundle.category, step).items():
+            if name not in self._open:
+                self._open[name] = self.teachers.every[name].field(self.bundle)
+            total += share * self._open[name](x, sigma)
+        return total
+
+
+def open_teachers(student: PipelinePolicy, configs: Mapping[str, TeacherConfig]) -> Teachers:
+    """Teachers by name. Those whose base and trained weights are laid out like the student's are
+    slots `teacher/<name>` of it and share all that is frozen; others are policies of their own.
+
+    Raises:
+        ConfigError: none, or what `open_policy` raises.
+    """
+    if not configs:
+        raise ConfigError("teachers: expected at least one, got none: write teachers={base: {}}")
+    return Teachers({name: _open(student, name, one) for name, one in configs.items()})
+
+
+def _open(student: PipelinePolicy, name: str, config: TeacherConfig) -> Teacher:
+    own = student.config
+    if config.model is None or config.model == own.model:
+        return Teacher(config=config, policy=student, slot="reference")
+    opening = Opening(
+        model=config.model,
+        checkpoint=config.checkpoint,
+        slot=config.slot,
+        device=own.device,
+        dtype=own.dtype,
+    )
+    opened = open_policy(opening).policy
+    if not _alike(own, opened.config):
+        opened.transformer.requires_grad_(False)
+        return Teacher(config=config, policy=opened, slot="train")
+    slot = f"teacher/{name}"
+    student.slots.load(slot, opened.slots.tensors("train"))
+    return Teacher(config=config, policy=student, slot=slot)
+
+
+def _alike(one: PolicyConfig, other: PolicyConfig) -> bool:
+    """Whether weights of one are a slot of the other."""
+    return replace(one, seed=0, checkpointing=False) == replace(other, seed=0, checkpointing=False)

@@ -1,0 +1,189 @@
+"""`rlhf distill`: what a run leaves, what the stock pipeline makes of it, and that it continues."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import distill, evaluate
+from pipelines.cli import main
+from pipelines.distill import FewstepConfig, OpdConfig
+from rlhf import checkpoint, config
+from rlhf.errors import CheckpointError, ConfigError
+from rlhf.heldout import strict_ratio
+from rlhf.policies.open import Opening, open_policy
+from rlhf.sampling import Sampler, sample
+from tests.pipelines.conftest import make_run
+from tests.rlhf.tiny import close_pictures, drawn, prompt_file, same, stock_pipeline
+
+TEXT = "a red circle number 1"
+
+
+def arguments(base, folder, *more):
+    prompts = prompt_file(folder)
+    return [
+        "name=tiny",
+        f"runs={folder / 'runs'}",
+        f"student.model={base}",
+        "student.lora.rank=4",
+        "student.lora.alpha=8",
+        f"prompts.source={prompts}",
+        "prompts.count=0",
+        f"shown.source={prompts}",
+        "shown.count=2",
+        "teacher_steps=6",
+        "per=2",
+        "copies=2",
+        "pace.steps=4",
+        "pace.save_every=2",
+        "pace.log_every=1",
+        "learner.lr=1e-2",
+        *more,
+    ]
+
+
+def few(base, folder, *more):
+    return config.load(
+        FewstepConfig, None, arguments(base, folder, "save_dtype=float32", *more), "distill"
+    )
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_stock_pipeline_makes_the_students_pictures_in_its_steps(tiny_base, tmp_path, train):
+    lr = "learner.lr=1e-3" if train == "full" else "learner.lr=1e-2"
+    grid = "grid=[1,0.8,0.5,0.2]"
+    result = distill.fewstep(few(tiny_base, tmp_path, f"student.train={train}", grid, lr))
+    run = tmp_path / "runs" / "tiny"
+    assert result["teachers_unchanged"] and json.loads((run / "result.json").read_text()) == result
+    assert {p.name for p in run.glob("samples/*.png")} == {"step_000002.png", "step_000004.png"}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["heldout/distance"] == result["metrics"]["heldout/distance"]["after"]
+    stock = stock_pipeline(run / "model")
+    opened = open_policy(Opening(model=str(run))).policy
+    assert opened.sigmas(4, (64, 64)) == (1.0, 0.8, 0.5, 0.2, 0.0)
+    mine = sample(opened, Sampler(steps=4), TEXT, seeds=(7,))
+    latent, pixels = drawn(stock, opened, TEXT, 7, (64, 64), 1.0, steps=4)
+    assert (mine.x0_GNC[0] - latent).abs().max() <= 1e-4
+    assert close_pictures(mine.pixels[0].numpy(), pixels)
+    state = checkpoint.load(checkpoint.latest(run)).tensors["slots/train"]
+    base = stock_pipeline(tiny_base).transformer.state_dict()
+    made = stock.transformer.state_dict()
+    assert made.keys() == base.keys() and any(not torch.equal(made[n], base[n]) for n in base)
+    if train == "full":
+        assert all(torch.equal(made[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("method", ["segments", "consistency", "dmd"])
+def test_a_run_that_is_stopped_continues_bit_for_bit(tiny_base, tmp_path, method):
+    more = [f"method={method}", "pace.ema=0.9", "matching.ratio=1", "grid=even-2", "noises=1"]
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    distill.fewstep(few(tiny_base, tmp_path / "whole", *more))
+    distill.fewstep(few(tiny_base, tmp_path / "parts", *more, "pace.steps=2"))
+    runs = [tmp_path / name / "runs" / "tiny" for name in ("whole", "parts")]
+    assert main(["distill", "fewstep", "--resume", str(runs[1]), "pace.steps=4"]) == 0
+    one, two = (checkpoint.load(checkpoint.latest(run)) for run in runs)
+    assert one.tensors.keys() == two.tensors.keys() and one.meta == two.meta
+    assert {"slots/train", "slots/ema", "optimiser"} <= one.tensors.keys()
+    assert ("slots/fake" in one.tensors) == (method == "dmd")
+    for part, tensors in one.tensors.items():
+        assert same(dict(tensors), dict(two.tensors[part])), part
+
+
+def test_opd_learns_from_two_teachers_and_keeps_the_usual_grid(tiny_base, tmp_path):
+    special = make_run(tiny_base, tmp_path, "special")
+    result = distill.opd(
+        config.load(
+            OpdConfig,
+            None,
+            arguments(
+                tiny_base,
+                tmp_path,
+                "steps=3",
+                "weighting=path-kl",
+                f"teachers={{base: {{by_step: [1, 0.5]}}, special: {{model: {special.root}}}}}",
+                f"start={special.root}",
+            ),
+            "distill",
+        )
+    )
+    assert result["teachers_unchanged"]
+    stock = stock_pipeline(tmp_path / "runs" / "tiny" / "model")
+    assert stock.config["sample_sigmas"] is None
+    assert stock.scheduler.config == stock_pipeline(tiny_base).scheduler.config
+
+
+def test_a_student_is_measured_beside_its_teacher(tiny_base, tmp_path):
+    distill.fewstep(few(tiny_base, tmp_path, "grid=even-2", "pace.steps=1"))
+    found = evaluate.run(
+        evaluate.Config(
+            model=str(tmp_path / "runs" / "tiny"),
+            parts=("text", "objects"),
+            levels=(1,),
+            settings=("guided",),
+            steps=2,
+            guidance=1.0,
+            teacher=str(tiny_base),
+            teacher_steps=3,
+            n=4,
+            per_prompt=2,
+        )
+    )["metrics"]
+    assert {"heldout/text/strict/teacher", "heldout/objects/level1/strict/teacher"} <= set(found)
+    assert found["fewstep/2/forwards_ratio"]["value"] == 3.0
+    assert found["fewstep/2/seconds_ratio"]["value"] > 0
+    assert found["heldout/text/strict/teacher"]["n"] == 4
+
+
+def test_a_teacher_beside_itself_has_ratio_one():
+    right = [np.array([[True, False], [True, True]]), np.array([[False, True]])]
+    assert strict_ratio(right, right) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 6}
+    half = [np.array([[True, False], [False, False]]), np.array([[False, True]])]
+    found = strict_ratio(half, right)
+    assert found is not None and found["value"] == 0.5 and found["low"] < 0.5 < found["high"]
+    assert strict_ratio(right, [np.zeros_like(r) for r in right]) is None
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["student.train=none"], "nothing would learn"),
+        (["grid=even-5"], "expected one of even-1"),
+        (["grid=[1,0.5,0.7]"], "strictly decreasing"),
+        (["noises=0"], "write noises=2"),
+        (["teachers={}"], "expected at least one"),
+        (["teachers.base.guidance=0.5"], "expected 1 .unguided. or more"),
+        (["teachers.base.categories={objects: 1}"], "a say on prompts of 'general'"),
+        (["teachers.base.by_step=[0]"], "a say on prompts of 'general'"),
+        (["teacher_steps=3"], "raise teacher_steps"),
+        (["matching.ratio=0"], "at least 1 update"),
+        (["student.model=nowhere"], "expected a directory with model_index.json"),
+        (["start=nowhere"], "expected a complete checkpoint"),
+        (["learner.total_steps=2"], "at least pace.steps"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_distilled_is_refused_before_anything_is_written(
+    tiny_base, tmp_path, more, words
+):
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        distill.fewstep(few(tiny_base, tmp_path, *more))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_student_that_has_levels_of_its_own_is_no_base(tiny_base, tmp_path):
+    distill.fewstep(few(tiny_base, tmp_path, "pace.steps=1", "grid=even-1"))
+    made = tmp_path / "runs" / "tiny" / "model"
+    with pytest.raises(ConfigError, match="start=runs/<name>"):
+        distill.fewstep(few(tiny_base, tmp_path, f"student.model={made}", "name=next"))
+    again = few(tiny_base, tmp_path, f"start={made.parent}", "name=next", "pace.steps=1")
+    assert distill.fewstep(again)["teachers_unchanged"]
+
+
+def test_plans_count_rows():
+    text = distill.plan_fewstep(FewstepConfig(per=4, copies=2))
+    assert "8 pictures at 4 noise levels; each 32 rows forward and backward" in text
+    assert "fake score: 40" in distill.plan_fewstep(FewstepConfig(per=4, copies=2, method="dmd"))
+    assert "80 rows forward and backward" in distill.plan_opd(OpdConfig(per=4, copies=2))
