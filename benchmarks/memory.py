@@ -90,8 +90,10 @@ def measure(iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
         )
         try:
             found = watch(process, Path(folder) / "memory", iterations)
-        finally:
             code = process.wait(300)
+        finally:
+            process.kill()  # nothing, where it has ended
+            process.wait()
         if code != 0:
             raise RuntimeError(f"the run ended with {code}: start it by hand: {' '.join(words)}")
         kinds: dict[str, dict[str, float]] = {}

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,6 +51,24 @@ def test_growth_is_that_after_the_beginning():
     assert flat["growth"] == pytest.approx(0, abs=1e-9) and flat["n"] == 200
     grown = memory.growth([100 + 0.1 * i for i in range(200)])
     assert grown["growth"] == pytest.approx(14.9) and grown["last"] > grown["first"] + 12
+
+
+def test_a_run_that_cannot_be_watched_is_not_left_behind(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def sleeping(*_, **__):
+        started.append(popen(["/bin/sleep", "5"]))
+        return started[-1]
+
+    def broken(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(memory, "random_pipeline", Mock)
+    monkeypatch.setattr(memory, "watch", broken)
+    monkeypatch.setattr(memory.subprocess, "Popen", sleeping)
+    with pytest.raises(TimeoutError):
+        memory.measure(8, ())
+    assert started[0].poll() == -signal.SIGKILL
 
 
 def test_actors_are_found_by_their_titles_below_a_process():

@@ -213,5 +213,5 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
 
 def test_a_comparison_of_one_worker_with_itself_is_refused(tiny_base):
     with pytest.raises(ConfigError, match="expected two rollout workers or more"):
-        bench.ScalingConfig(overrides=settings(tiny_base)).check()
+        bench.ScalingConfig(align="align/hybrid", overrides=settings(tiny_base)).check()
     assert "with 1 and with 2 workers of 1 threads" in bench.plan_scaling(bench.ScalingConfig())
