@@ -279,7 +279,9 @@ def leave():
 
 
 @pytest.mark.parametrize(
-    "answer", [leave, lambda: 0.5, lambda: Score(value=1.0, parts={"x": "text"})], ids=str
+    "answer",
+    [leave, lambda: 0.5, lambda: Score(value=1.0, parts={"x": "text"})],
+    ids=["leaves", "a number", "words as a part"],
 )
 def test_whatever_a_judge_does_is_failed_and_no_number(answer):
     with served({"faulty": Faulty(answer)}) as server:
