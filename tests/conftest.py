@@ -18,6 +18,7 @@ def _on_ray(item: pytest.Item) -> bool:
     return "ray_head" in getattr(item, "fixturenames", ()) or bool(item.get_closest_marker("ray"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names get their groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several test processes one has Ray to itself, first; the rest go by files."""
     for item in items:
