@@ -23,8 +23,6 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
-
 test: lint
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 

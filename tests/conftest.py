@@ -14,19 +14,6 @@ import torch
 torch.set_num_threads(1)
 
 
-def _on_ray(item: pytest.Item) -> bool:
-    return "ray_head" in getattr(item, "fixturenames", ()) or bool(item.get_closest_marker("ray"))
-
-
-@pytest.hookimpl(tryfirst=True)  # before the names get their groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several test processes one has Ray to itself, first; the rest go by files."""
-    for item in items:
-        group = "ray" if _on_ray(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_on_ray, reverse=True)
-
-
 @pytest.fixture(scope="session")
 def ray_head():
     """One Ray for the whole session, with room for every cluster of the tests."""
