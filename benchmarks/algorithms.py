@@ -18,8 +18,7 @@ a dash: never.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,19 +27,16 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 
-from benchmarks.curves import keep
-from benchmarks.schemes import finished, spread
+from benchmarks.arms import Arms, Done, arguments, compare, shown
 from rlhf import plots
-from rlhf.files import atomic_write_text
 from rlhf.panel_plots import shared_legend
 from rlhf.run import Run
 
-RESULTS = Path(__file__).parent / "results"
 COMMON = (
     "iterations=20", "checkpoints.every=10", "cluster.kind=local", "cluster.learner_threads=1",
     "evaluation.every=5", "evaluation.per_prompt=2",
 )  # fmt: skip
-ARMS: Mapping[str, tuple[str, ...]] = {  # configuration, then what is changed
+ARMS: Arms = {
     "hybrid": ("align/hybrid",),  # guided rollouts, unguided training
     "guided": ("align/guided",),  # guidance in both
     "unguided": ("align/unguided",),  # in neither
@@ -54,7 +50,6 @@ ARMS: Mapping[str, tuple[str, ...]] = {  # configuration, then what is changed
 }
 GUIDED, UNGUIDED = "heldout/objects/strict", "heldout/objects/strict/w1"
 POINTS = 0.1
-Done = dict[str, list[Run]]  # arm -> one run per seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +104,7 @@ def table(done: Done) -> str:
     ]
     for arm, runs in done.items():
         one, metrics = curves[arm], [run.read_json("result.json")["metrics"] for run in runs]  # type: ignore[index]
-        cells = [
-            f"{v:+.3f} [{low:+.3f}, {high:+.3f}]"
-            for v, low, high in (spread([m[name] for m in metrics]) for name in (GUIDED, UNGUIDED))
-        ]
+        cells = [shown([m[name] for m in metrics]) for name in (GUIDED, UNGUIDED)]
         at = [float(np.interp(end, one.seconds, y) - y[0]) for y in (one.guided, one.unguided)]
         pictures = reached(one, POINTS)
         cells += [f"{one.seconds[-1]:.0f}", *(f"{value:+.3f}" for value in at)]
@@ -143,33 +135,11 @@ def draw(done: Done, path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="key=value, as for rlhf align")
+    parser = arguments(__doc__, "algorithms")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", default="runs/algorithms")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="only what is done")
     asked = parser.parse_args()
-    done: Done = {}
-    for seed in asked.seeds:
-        for arm in asked.arms:
-            name = f"{arm}-seed{seed}"
-            run = Run(Path(asked.runs) / name)
-            if asked.draw and not (run.root / "result.json").is_file():
-                continue
-            if not asked.draw:
-                base, *own = ARMS[arm]
-                given = [*COMMON, *own, *asked.overrides, f"runs={asked.runs}", f"seed={seed}"]
-                run = finished(base, name, given)
-            keep(run, asked.out / "algorithms")
-            done.setdefault(arm, []).append(run)
-    atomic_write_text(asked.out / "algorithms" / "table.md", table(done))
-    draw(done, asked.out / "algorithms.png")
-    print(table(done))
+    arms = {arm: (ARMS[arm][0], *COMMON, *ARMS[arm][1:]) for arm in asked.arms}
+    compare(asked, "algorithms", arms, table, draw)
 
 
 if __name__ == "__main__":

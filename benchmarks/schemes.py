@@ -15,7 +15,6 @@ that trained say, by category; with several seeds the mean and the range over se
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -25,28 +24,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.curves import keep
-from pipelines import align
-from rlhf import config, plots
+from benchmarks.arms import Done, Gain, arguments, compare, shown, spread
+from rlhf import plots
 from rlhf.advantage import Scheme
-from rlhf.files import atomic_write_text
 from rlhf.panel_plots import Held, Panel, shared_legend
-from rlhf.plan import Config
 from rlhf.run import Run
 
-RESULTS = Path(__file__).parent / "results"
 SCHEMES: tuple[str, ...] = get_args(Scheme)
-Gain = Mapping[str, float | int]
-Done = dict[str, list[Run]]  # scheme -> one run per seed
-
-
-def finished(base: str, name: str, overrides: Sequence[str]) -> Run:
-    """The run of this name, found, continued or made. Raises ConfigError."""
-    given = config.load(Config, base, [*overrides, f"name={name}"], "align")
-    run = Run(Path(given.runs) / given.name)
-    if not (run.root / "result.json").is_file():
-        align.run(given, run.root if run.config_path.is_file() else None)
-    return run
 
 
 def gains(runs: Sequence[Run]) -> tuple[Panel, dict[Held, list[Gain]]]:
@@ -60,14 +44,6 @@ def gains(runs: Sequence[Run]) -> tuple[Panel, dict[Held, list[Gain]]]:
             if held is not None and not held.setting and "gain" in metric:
                 out.setdefault(held, []).append(metric)
     return panel, out
-
-
-def spread(found: Sequence[Gain]) -> tuple[float, float, float]:
-    """Mean gain, and its range over seeds; the 95% interval over prompts of a single one."""
-    values = [metric["gain"] for metric in found]
-    if len(values) == 1:
-        return values[0], found[0]["low"], found[0]["high"]
-    return sum(values) / len(values), min(values), max(values)
 
 
 def share(runs: Sequence[Run], judge: str) -> str:
@@ -85,10 +61,7 @@ def table(done: Done) -> str:
     order = sorted(every, key=lambda h: (h.category, panel.order(h.measure)))
     lines = ["| held-out gain | " + " | ".join(done) + " |", "|---" * (1 + len(done)) + "|"]
     for held in order:
-        cells = []
-        for own in found.values():
-            value, low, high = spread(own[held]) if held in own else (None, 0.0, 0.0)
-            cells.append("" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+        cells = [shown(own[held]) if held in own else "" for own in found.values()]
         lines.append(f"| {held.category}: {panel.label(held.measure)} | {' | '.join(cells)} |")
     for judge in panel.trains:
         cells = [share(runs, judge) for runs in done.values()]
@@ -126,33 +99,12 @@ def draw(done: Done, path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="key=value, as for rlhf align")
+    parser = arguments(__doc__, "schemes")
     parser.add_argument("--config", default="align/scenes")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", default="runs/schemes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="only what is done")
     asked = parser.parse_args()
-    done: Done = {}
-    for scheme in asked.schemes:
-        for seed in asked.seeds:
-            name = f"{scheme}-seed{seed}"
-            run = Run(Path(asked.runs) / name)
-            if asked.draw and not (run.root / "result.json").is_file():
-                continue
-            if not asked.draw:
-                own = [f"runs={asked.runs}", f"scheme={scheme}", f"seed={seed}"]
-                run = finished(asked.config, name, [*asked.overrides, *own])
-            keep(run, asked.out / "schemes")
-            done.setdefault(scheme, []).append(run)
-    atomic_write_text(asked.out / "schemes" / "table.md", table(done))
-    draw(done, asked.out / "schemes.png")
-    print(table(done))
+    arms = {scheme: (asked.config, f"scheme={scheme}") for scheme in asked.schemes}
+    compare(asked, "schemes", arms, table, draw)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_what_a_worker_raises_arrives_as_it_is(tmp_path, ray_head):
     messages = []
     for workers in (0, 1):
         with pytest.raises(DataError) as caught:
-            prepare.run(config(tmp_path, name=f"w{workers}", workers=workers, max_broken=0.0))
+            prepare.run(config(tmp_path, name=f"w{workers}", workers=workers))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
