@@ -7,14 +7,16 @@ their medians compared; `bench/efficiency` is bare over real.
 
 `bench/ray_overhead`: one rollout worker and the learner on Ray, over the same in this process, - 1.
 
-`rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn.
+`rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn, and
+the bare forwards likewise: `bench/rollout/bare_speedup` is what these cores give to processes that
+share nothing.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from rlhf.plan import Config as AlignConfig
 from rlhf.plan import Plan
 from rlhf.prompts import load_prompts
 from rlhf.run import machine, report
-from rlhf.types import GroupRef, Version
+from rlhf.types import GroupRef, Prompt, Version
 
 PHASES = ("rollout", "reward", "train", "sync", "total")
 
@@ -178,9 +180,13 @@ class BareTimes:
     def iteration(self, plan: Plan, number: int) -> None:
         """Time the work of iteration `number`: the slowest rollout process, then training."""
         prompts = plan.request(number).prompts
-        shares = [prompts[i :: self.processes] for i in range(self.processes)]
-        self.rollout.append(max(s for _, s in self.rollouts.map("rollout", shares)))
+        self.rollout.append(self.shared(prompts, self.processes))
         self.train.append(self.learner.each("train", prompts)[0])
+
+    def shared(self, prompts: Sequence[Prompt], count: int) -> float:
+        """Seconds of the forwards of sampling in the slowest of `count` processes."""
+        shares = [prompts[i::count] for i in range(count)]
+        return max(seconds for _, seconds in self.rollouts.map("rollout", shares))
 
 
 def step(config: StepConfig) -> dict[str, Any]:
@@ -204,11 +210,23 @@ def scaling(config: ScalingConfig) -> dict[str, Any]:
     began, target = time.monotonic(), config.target()
     many = target.cluster.rollout_workers
     clusters = {str(n): replace(target.cluster, rollout_workers=n) for n in (1, many)}
-    with room_for(*clusters.values()), Bench(target, clusters) as bench:
-        taken = [bench.rollouts(number) for number in range(1, config.repeats + 2)][1:]
+    bare: list[dict[int, float]] = []
+    with (
+        room_for(*clusters.values()),
+        BareTimes(target) as times,
+        Bench(target, clusters) as bench,
+    ):
+        taken = []
+        for number in range(1, config.repeats + 2):
+            taken.append(bench.rollouts(number))
+            prompts = bench.plan.request(number).prompts
+            bare.append({n: times.shared(prompts, n) for n in (1, many)})
+    taken = taken[1:]
     one, all_ = (statistics.median(seconds[str(n)] for seconds in taken) for n in (1, many))
+    bare_one, bare_all = (statistics.median(seconds[n] for seconds in bare[1:]) for n in (1, many))
     figures = {
         "bench/rollout/speedup": one / all_,
+        "bench/rollout/bare_speedup": bare_one / bare_all,
         "bench/rollout/one_seconds": one,
         "bench/rollout/all_seconds": all_,
     }
@@ -253,7 +271,7 @@ def summarise_scaling(result: Mapping[str, Any]) -> str:
     return (
         f"rollout phase: {value['one_seconds']:.2f} s with one worker,"
         f" {value['all_seconds']:.2f} s with {value['workers']:.0f}:"
-        f" {value['speedup']:.2f} times as fast"
+        f" {value['speedup']:.2f} times as fast (bare forwards: {value['bare_speedup']:.2f} times)"
     )
 
 

@@ -88,6 +88,7 @@ class Config:
         if self.weights and self.weights_from:
             raise ConfigError("write weights or weights_from: two answers to one question")
         self.rollout.check()
+        self.cluster.check_untrained()
 
 
 def plan(config: Config) -> str:

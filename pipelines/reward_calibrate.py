@@ -79,6 +79,7 @@ class CalibrateConfig:
                 f"rollout.kernel: expected ode, got {self.rollout.kernel}: nothing is trained here"
             )
         self.rollout.check()
+        self.cluster.check_untrained()
 
 
 def plan_calibrate(config: CalibrateConfig) -> str:

@@ -88,6 +88,20 @@ class ClusterConfig:
                 f" {self.gpus_per_worker} and {self.gpus_per_learner}: write 0.5 each, or"
                 " cluster.layout=disaggregated"
             )
+        held = shared if self.layout == "colocated" else self.gpus_per_learner
+        if self.learners > 1 and self.gpus_per_learner > 0 and held <= 0.5:
+            raise ConfigError(
+                "cluster.gpus_per_learner: expected that no two learners fit on one GPU, which NCCL"
+                f" refuses, got {held:g} of a GPU for each: write more than 0.5"
+            )
+
+    def check_untrained(self) -> None:
+        """Of a program that only samples and scores. Raises ConfigError."""
+        if self.learners > 1:
+            raise ConfigError(
+                f"cluster.learners: expected 1, nothing is trained here, got {self.learners}: it"
+                " is rollout_workers that make this faster"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -208,6 +208,7 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
     assert len(taken) == 2 and all(set(seconds) == {"1", "2"} for seconds in taken)
     ratio = value["bench/rollout/one_seconds"] / value["bench/rollout/all_seconds"]
     assert value["bench/rollout/speedup"] == pytest.approx(ratio)
+    assert 0.5 < value["bench/rollout/bare_speedup"] < 4
     assert "with 2:" in bench.summarise_scaling(result)
 
 

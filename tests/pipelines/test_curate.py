@@ -129,6 +129,7 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(tiny_base, tmp_path,
     [
         ("group_size=1", 2, "group_size: expected at least 2"),
         ("threshold=-0.1", 2, "threshold: expected 0 or more"),
+        ("cluster={kind: ray, learners: 2}", 2, "nothing is trained here"),
         ("at_once=0", 2, "at_once >= 1"),
         ("judges=[]", 2, "expected at least one"),
         (f"judges=[{RED},{RED}]", 2, "expected each once"),

@@ -69,6 +69,7 @@ def test_the_plan_and_the_table_are_readable(tiny_base, tmp_path, capsys):
     [
         ("group_size=1", 2, "group_size >= 2"),
         ("rescored=1", 2, "rescored 0 or 2"),
+        ("cluster={kind: ray, learners: 2}", 2, "nothing is trained here"),
         ("judges=[]", 2, "expected at least one"),
         ("gold={beauty: oracle/fidelity}", 2, "expected judges among"),
         ("shares={beauty: 1.0}", 2, "expected judges among"),

@@ -68,6 +68,10 @@ def test_seats_of_both_layouts():
     "settings, words",
     [
         ({"gpus_per_worker": 1.0, "gpus_per_learner": 1.0}, "write 0.5 each"),
+        (
+            {"learners": 2, "gpus_per_worker": 0.25, "gpus_per_learner": 0.25},
+            "no two learners fit on one GPU",
+        ),
         ({"kind": "local", "learners": 2}, "write cluster.kind=ray"),
         ({"judge_seconds": 0.0}, "above 0"),
         ({"restarts": -1}, "restarts of 0 or more"),
