@@ -1,10 +1,11 @@
-"""Does any process of a run grow? A tiny model for 200 iterations on Ray, looked at from outside.
+"""Does any process of a run grow over 200 iterations? A tiny model on Ray, looked at from outside.
 
     python -m benchmarks.memory --out benchmarks/results/memory.json
 
 `growth` is the line through a process's anonymous memory (pages that no file holds and no other
-process shares) over the iterations after the first quarter, in MiB from one end of the line to the
-other; `first` and `last` are medians of its first and last tenth. Ends with 1 if one grows by more
+process shares) over the iterations that are watched, in MiB from one end of the line to the other;
+`first` and `last` are medians of its first and last tenth. Before them come `--settle` iterations
+in which heaps find their size; `settling` is what they took. Ends with 1 if a process grows by more
 than `--limit`.
 """
 
@@ -61,25 +62,27 @@ def watch(process: subprocess.Popen, run: Path, iterations: int) -> dict[str, li
     return found
 
 
-def growth(values: Sequence[float]) -> dict[str, float]:
-    """Figures of one process; see the module's docstring."""
-    steady = np.array(values[len(values) // 4 :])
+def growth(values: Sequence[float], settle: int) -> dict[str, float]:
+    """Figures of one process; see the module's docstring. `settle`: values before those watched."""
+    steady = np.array(values[settle:])
     slope = np.polyfit(np.arange(len(steady)), steady, 1)[0]
     tenth = max(len(steady) // 10, 1)
     return {
         "growth": float(slope * (len(steady) - 1)),
         "first": statistics.median(steady[:tenth]),
         "last": statistics.median(steady[-tenth:]),
-        "n": len(values),
+        "settling": statistics.median(steady[:tenth]) - values[0],
+        "n": len(steady),
     }
 
 
-def measure(iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(iterations: int, settle: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Run and watch; figures by process."""
+    total = settle + iterations
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         base = Path(folder) / "base"
         random_pipeline().save_pretrained(base)
-        paths = (f"policy.model={base}", f"runs={folder}", f"iterations={iterations}")
+        paths = (f"policy.model={base}", f"runs={folder}", f"iterations={total}")
         words = [sys.executable, "-m", "pipelines.cli", "align", *SETTINGS, *paths, *overrides]
         began = time.monotonic()
         process = subprocess.Popen(
@@ -89,7 +92,7 @@ def measure(iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            found = watch(process, Path(folder) / "memory", iterations)
+            found = watch(process, Path(folder) / "memory", total)
             code = process.wait(300)
         finally:
             process.kill()  # nothing, where it has ended
@@ -100,9 +103,10 @@ def measure(iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
         for name, values in sorted(found.items()):
             kind = name.split()[0]
             number = sum(other.startswith(kind) for other in kinds)
-            kinds[f"{kind} {number}" if kind != "driver" else kind] = growth(values)
+            kinds[f"{kind} {number}" if kind != "driver" else kind] = growth(values, settle)
     return {
         "iterations": iterations,
+        "settle": settle,
         "seconds": round(time.monotonic() - began, 1),
         "mib": kinds,
         "machine": machine(),
@@ -112,13 +116,20 @@ def measure(iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--settle", type=int, default=200)
     parser.add_argument("--limit", type=float, default=4.0, help="MiB that a process may grow by")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
-    if options.iterations < 8:
-        parser.error(f"--iterations: expected at least 8, got {options.iterations}")
-    result = {**measure(options.iterations, options.overrides), "limit": options.limit}
+    if options.iterations < 8 or options.settle < 0:
+        parser.error(
+            f"expected --iterations of at least 8 and --settle of at least 0, got"
+            f" {options.iterations} and {options.settle}"
+        )
+    result = {
+        **measure(options.iterations, options.settle, options.overrides),
+        "limit": options.limit,
+    }
     print(json.dumps(result, indent=2))
     if options.out:
         atomic_write_text(options.out, json_text(result))

@@ -47,10 +47,11 @@ def test_one_bit_is_seen(tmp_path):
 
 
 def test_growth_is_that_after_the_beginning():
-    flat = memory.growth([*range(50), *[50.0] * 150])
-    assert flat["growth"] == pytest.approx(0, abs=1e-9) and flat["n"] == 200
-    grown = memory.growth([100 + 0.1 * i for i in range(200)])
+    flat = memory.growth([*range(50), *[50.0] * 150], 50)
+    assert flat["growth"] == pytest.approx(0, abs=1e-9) and flat["n"] == 150
+    grown = memory.growth([100 + 0.1 * i for i in range(200)], 50)
     assert grown["growth"] == pytest.approx(14.9) and grown["last"] > grown["first"] + 12
+    assert grown["settling"] == pytest.approx(5.7)
 
 
 def test_a_run_that_cannot_be_watched_is_not_left_behind(monkeypatch):
@@ -67,7 +68,7 @@ def test_a_run_that_cannot_be_watched_is_not_left_behind(monkeypatch):
     monkeypatch.setattr(memory, "watch", broken)
     monkeypatch.setattr(memory.subprocess, "Popen", sleeping)
     with pytest.raises(TimeoutError):
-        memory.measure(8, ())
+        memory.measure(8, 2, ())
     assert started[0].poll() == -signal.SIGKILL
 
 
