@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from rlhf.distill.bundles import Bundles
-from rlhf.distill.grids import grid_of, through
+from rlhf.distill.grids import Grids, grid_of, through
 from rlhf.distill.matching import DistributionMatching, MatchingConfig
 from rlhf.distill.method import Consistency, Method, OnPolicy, Segments
 from rlhf.distill.objectives import path_weights
@@ -31,7 +31,7 @@ from rlhf.distributed import ALONE
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
 from rlhf.policies.config import PolicyConfig
-from rlhf.policies.families import describe, load_policy
+from rlhf.policies.families import check_pictures, describe, load_policy
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.prompts import PromptSet, load_prompts
 from rlhf.run import Run
@@ -154,26 +154,28 @@ class Parts:
     teachers: Teachers
     prompts: Sequence[Prompt]
     shown: Sequence[Prompt]
-    teacher_sigmas: tuple[float, ...]  # of the usual grid
+    teacher_grids: Grids  # the usual ones
 
 
 def _parts(config: DistillConfig, steps: int) -> Parts:
     """Opened and checked; `steps` are the student's. Raises ConfigError or PromptError."""
     prompts, shown = load_prompts(config.prompts), load_prompts(config.shown)
-    if describe(config.student.model).own_grid:
+    base = describe(config.student.model)
+    if base.own_grid:
         raise ConfigError(
             f"student.model: expected a base that samples on the usual grid, got"
             f" '{config.student.model}', which has noise levels of its own: name its base, and"
             " start=runs/<name> to begin with its weights"
         )
+    sizes = check_pictures(base, [*prompts, *shown], config.size, "size")
     policy = load_policy(config.student)
     teachers = open_teachers(policy, config.teachers)
     teachers.check(sorted({p.category for p in (*prompts, *shown)}), steps)
     if config.start:
         start_from(policy, config.start, config.start_slot)
-    sigmas = policy.sigmas(config.teacher_steps, config.size)
+    grids = {size: policy.sigmas(config.teacher_steps, size) for size in sizes}
     return Parts(
-        policy=policy, teachers=teachers, prompts=prompts, shown=shown, teacher_sigmas=sigmas
+        policy=policy, teachers=teachers, prompts=prompts, shown=shown, teacher_grids=grids
     )
 
 
@@ -190,9 +192,7 @@ def _bundles(config: DistillConfig, parts: Parts) -> Bundles:
     )
 
 
-def _shown(
-    config: DistillConfig, parts: Parts, sigmas: Sequence[float], teacher: Trajectories
-) -> Shown:
+def _shown(config: DistillConfig, parts: Parts, grids: Grids, teacher: Trajectories) -> Shown:
     bundles = Bundles(
         parts.shown,
         parts.policy,
@@ -203,7 +203,7 @@ def _shown(
         seed=config.seed + 1,
         parts=1,
     )
-    return Shown(parts.policy, bundles, sigmas, teacher)
+    return Shown(parts.policy, bundles, grids, teacher)
 
 
 def _finish(
@@ -244,20 +244,20 @@ def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]
     torch.set_num_threads(config.threads)
     knots = grid_of(config.grid)
     parts = _parts(config, len(knots) - 1)
-    sigmas = through(parts.teacher_sigmas, knots)
+    grids = {size: through(usual, knots) for size, usual in parts.teacher_grids.items()}
     give_grid(parts.policy.pipeline, knots)
     home = open_run(config, "distill fewstep", resume, ALONE)
-    kept = Trajectories(parts.teachers, sigmas, knots, home.root / "trajectories")
+    kept = Trajectories(parts.policy, parts.teachers, grids, knots, home.root / "trajectories")
     method: Method
     if config.method == "segments":
-        method = Segments(parts.policy, kept)
+        method = Segments(kept)
     elif config.method == "consistency":
-        method = Consistency(parts.policy, parts.teachers, kept)
+        method = Consistency(parts.policy, kept)
     else:
         method = DistributionMatching(
             parts.policy, parts.teachers, knots, config.matching, config.precision
         )
-    shown = _shown(config, parts, knots, kept)
+    shown = _shown(config, parts, dict.fromkeys(grids, knots), kept)
     return _finish(config, home, parts, method, shown, knots)
 
 
@@ -269,16 +269,15 @@ def opd(config: OpdConfig, resume: Path | None = None) -> dict[str, Any]:
     """
     torch.set_num_threads(config.threads)
     parts = _parts(config, config.steps)
-    sigmas = parts.policy.sigmas(config.steps, config.size)
-    weights = [1.0] * config.steps
+    grids = {size: parts.policy.sigmas(config.steps, size) for size in parts.teacher_grids}
+    weights = {size: [1.0] * config.steps for size in grids}
     if config.weighting == "path-kl":
-        weights = path_weights(sigmas, config.noise_level)
+        weights = {size: path_weights(s, config.noise_level) for size, s in grids.items()}
     home = open_run(config, "distill opd", resume, ALONE)
-    kept = Trajectories(
-        parts.teachers, parts.teacher_sigmas, (1.0, 0.0), home.root / "trajectories"
-    )
-    method = OnPolicy(parts.policy, parts.teachers, sigmas, weights)
-    return _finish(config, home, parts, method, _shown(config, parts, sigmas, kept), None)
+    usual, folder = parts.teacher_grids, home.root / "trajectories"
+    kept = Trajectories(parts.policy, parts.teachers, usual, (1.0, 0.0), folder)
+    method = OnPolicy(parts.policy, parts.teachers, grids, weights)
+    return _finish(config, home, parts, method, _shown(config, parts, grids, kept), None)
 
 
 def plan_fewstep(config: FewstepConfig) -> str:

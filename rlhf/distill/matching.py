@@ -82,8 +82,9 @@ class DistributionMatching:
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         """Fit the fake score to what the student makes now: `ratio` flow matching updates."""
+        share = 1 / len(batch)
         for turn in range(self.config.ratio):
-            outcome = self.fake.step(batch, lambda one, turn=turn: self._flow_matching(one, turn))
+            outcome = self.fake.step(batch, lambda one, turn=turn: self._fit(one, turn, share))
             self._last = {"fake/loss": outcome.loss, "fake/grad_norm": outcome.grad_norm}
 
     def figures(self) -> Mapping[str, float]:
@@ -109,14 +110,15 @@ class DistributionMatching:
             metrics={"dmd/gradient": size},
         )
 
-    def _flow_matching(self, bundle: Bundle, turn: int) -> tuple[Tensor, dict[str, float]]:
+    def _fit(self, bundle: Bundle, turn: int, share: float) -> tuple[Tensor, dict[str, float]]:
+        """The flow matching loss of a bundle that is a share of its step."""
         rows = noise.generator(_OWN, turn, *bundle.key)
         made = self._made(bundle, rows)
         t, eps = self._noise(bundle, rows)
         x_t = made.x + t[:, None, None] * (eps - made.x)
         with mixed_precision(self.policy, self.precision):
             v = velocity_of(self.policy, bundle, x_t, t, FAKE)
-        each = torch.full_like(t, bundle.weight / len(t))
+        each = torch.full_like(t, share * bundle.weight / len(t))
         return velocity_loss(v, eps - made.x, each), {}
 
     @torch.no_grad()

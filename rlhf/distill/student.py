@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -16,6 +17,7 @@ from rewards import images
 from rlhf import checkpoint
 from rlhf.assets import resolve
 from rlhf.distill.bundles import Bundle, Bundles, split_bundles
+from rlhf.distill.grids import Grids
 from rlhf.distill.method import Method, student_loss
 from rlhf.distill.trajectories import Trajectories, student_states
 from rlhf.errors import ConfigError
@@ -25,6 +27,8 @@ from rlhf.learner import Learner, LearnerConfig
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import Run
 from rlhf.training import Average, Pace, train
+
+ACROSS = 16  # pictures in a row of a sheet
 
 
 def distil(
@@ -82,18 +86,17 @@ class Shown:
         self,
         policy: PipelinePolicy,
         bundles: Bundles,
-        sigmas: Sequence[float],
+        grids: Grids,
         teacher: Trajectories,
     ) -> None:
-        self.policy, self.sigmas, self.teacher = policy, tuple(sigmas), teacher
+        self.policy, self.grids, self.teacher = policy, dict(grids), teacher
         steps = range(1, bundles.count + 1)
         self.bundles = [bundle for step in steps for bundle in bundles.at(step)]
 
     def _ends(self, bundle: Bundle, slot: str) -> tuple[Tensor, Tensor]:
         """Final latents (B, N, C) of teachers and student."""
-        states = self.teacher.of(self.policy, bundle)
-        steps = len(self.sigmas) - 1
-        mine = student_states(self.policy, bundle, self.sigmas, states[0], steps, slot)
+        states, sigmas = self.teacher.of(bundle), self.grids[bundle.size]
+        mine = student_states(self.policy, bundle, sigmas, states[0], len(sigmas) - 1, slot)
         return states[-1], mine[-1]
 
     def distance(self, slot: str = "train") -> float:
@@ -102,14 +105,22 @@ class Shown:
         return float(torch.cat(found).mean())
 
     def sheet(self, slot: str = "train") -> Any:
-        """The teachers' pictures of each bundle above the student's."""
+        """The teachers' pictures of each bundle above the student's; what is edited above both."""
         rows = []
         for bundle, ends in zip(self.bundles, self._each(slot), strict=True):
-            rows += [list(self.policy.decode(x, bundle.size).numpy()[:16]) for x in ends]
+            rows += _edited(bundle)
+            rows += [list(self.policy.decode(x, bundle.size).numpy()[:ACROSS]) for x in ends]
         return images.contact_sheet(rows)
 
     def _each(self, slot: str) -> list[tuple[Tensor, Tensor]]:
         return [self._ends(bundle, slot) for bundle in self.bundles]
+
+
+def _edited(bundle: Bundle) -> list[list[np.ndarray]]:
+    """Rows of the source pictures of a bundle, each above the pictures made of it."""
+    pairs = zip(bundle.prompts, bundle.seeds, strict=True)
+    columns = [prompt.sources for prompt, seeds in pairs for _ in seeds][:ACROSS]
+    return [[images.load_image(path) for path in row] for row in zip(*columns, strict=True)]
 
 
 def start_from(policy: PipelinePolicy, run: str, slot: str) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rlhf.checkpoint import sha256
 from rlhf.distill.bundles import Bundle, field_of
-from rlhf.distill.grids import step_at
+from rlhf.distill.grids import Grids, step_at
 from rlhf.distill.objectives import euler
 from rlhf.distill.teachers import Teachers
 from rlhf.files import atomic_write_bytes
@@ -55,32 +56,42 @@ def teacher_states(
 
 class Trajectories:
     """The teachers' states at the knots for the seeds of a bundle, sampled when they are first
-    asked for and kept in files of a folder, so that a resumed run reads what it had.
+    asked for and kept in files of a folder, so that a resumed run reads what it had. `grids`: the
+    teachers', for every size of a picture.
     """
 
     def __init__(
-        self, teachers: Teachers, sigmas: Sequence[float], knots: Sequence[float], folder: Path
+        self,
+        policy: Policy,
+        teachers: Teachers,
+        grids: Grids,
+        knots: Sequence[float],
+        folder: Path,
     ) -> None:
-        self.teachers, self.folder = teachers, folder
-        self.sigmas, self.knots = tuple(sigmas), tuple(knots)
+        self.policy, self.teachers, self.folder = policy, teachers, folder
+        self.grids, self.knots = dict(grids), tuple(knots)
         said = {name: repr(one.config) for name, one in teachers.every.items()}
-        self._made_by = [said, teachers.checksums(), self.sigmas, self.knots]
+        self._made_by = [said, teachers.checksums()]
 
-    def of(self, policy: Policy, bundle: Bundle) -> Tensor:
+    def of(self, bundle: Bundle) -> Tensor:
         """(K + 1, B, N, C), the first the noise of the bundle's seeds."""
         path = self.folder / f"{self._name(bundle)}.safetensors"
         if path.is_file():
             return load(path.read_bytes())["states"]
-        noises = bundle.noises(policy)
-        states = teacher_states(self.teachers, bundle, self.sigmas, self.knots, noises)
+        noises, sigmas = bundle.noises(self.policy), self.grids[bundle.size]
+        states = teacher_states(self.teachers, bundle, sigmas, self.knots, noises)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, save({"states": states.contiguous()}))
         return states
 
     def _name(self, bundle: Bundle) -> str:
+        seen = {path: sha256(Path(path)) for p in bundle.prompts for path in p.sources}
         asked: Mapping[str, object] = {
-            "made_by": self._made_by,
-            "prompts": [[p.id, p.text, p.negative, p.sources] for p in bundle.prompts],
+            "made_by": [*self._made_by, self.grids[bundle.size], self.knots],
+            "prompts": [
+                [p.id, p.text, p.negative, [seen[path] for path in p.sources]]
+                for p in bundle.prompts
+            ],
             "seeds": bundle.seeds,
             "size": bundle.size,
         }

@@ -115,6 +115,44 @@ def test_opd_learns_from_two_teachers_and_keeps_the_usual_grid(tiny_base, tmp_pa
     assert stock.scheduler.config == stock_pipeline(tiny_base).scheduler.config
 
 
+@pytest.mark.parametrize("program", ["fewstep", "opd"])
+def test_prompts_and_edits_of_several_sizes_are_learnt_in_one_run(tiny_base, tmp_path, program):
+    pictures = tmp_path / "pictures"
+    mixture = (
+        "{scenes/text/1@train: {count: 3}, scenes/edits@train: {count: 3},"
+        " scenes/objects/1@train: {count: 2, sizes: [[64, 96]]}}"
+    )
+    kind, more = (FewstepConfig, "grid=even-2") if program == "fewstep" else (OpdConfig, "steps=2")
+    made = arguments(
+        tiny_base,
+        tmp_path,
+        f"prompts={{sources: {mixture}, pictures: {pictures}}}",
+        f"shown={{source: scenes/edits@heldout, count: 2, pictures: {pictures}}}",
+        "pace.micro_batches=2",
+        "pace.steps=3",
+        more,
+    )
+    result = getattr(distill, program)(config.load(kind, None, made, "distill"))
+    run = tmp_path / "runs" / "tiny"
+    assert result["teachers_unchanged"] and (run / "samples" / "step_000003.png").is_file()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_step_of_several_bundles_has_the_mean_of_their_losses(tiny_base, tmp_path):
+    """Both bundles are full, so each has half a say, in what is logged as in what is learnt."""
+    more = ["noises=1", "pace.steps=1", "grid=even-2"]
+    losses = []
+    for parts, per in ((1, 4), (2, 2)):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        split = [f"pace.micro_batches={parts}", f"per={per}", "prompts.count=4"]
+        distill.fewstep(few(tiny_base, folder, *more, *split))
+        rows = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(rows[0])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_student_is_measured_beside_its_teacher(tiny_base, tmp_path):
     distill.fewstep(few(tiny_base, tmp_path, "grid=even-2", "pace.steps=1"))
     found = evaluate.run(
@@ -162,6 +200,7 @@ def test_a_teacher_beside_itself_has_ratio_one():
         (["student.model=nowhere"], "expected a directory with model_index.json"),
         (["start=nowhere"], "expected a complete checkpoint"),
         (["learner.total_steps=2"], "at least pace.steps"),
+        (["prompts.sizes=[[64,50]]"], "size of .*prompts.jsonl#0: .*multiples of 32"),
     ],
     ids=str,
 )

@@ -52,7 +52,7 @@ def teachers(policy, **configs):
 
 def trajectories(policy, folder, steps=6, **configs):
     sigmas = through(policy.sigmas(steps, SIZE), KNOTS)
-    return Trajectories(teachers(policy, **configs), sigmas, KNOTS, folder)
+    return Trajectories(policy, teachers(policy, **configs), {SIZE: sigmas}, KNOTS, folder)
 
 
 # --- bundles --------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_every_prompt_comes_once_an_epoch_and_every_row_counts_alike(policy):
     for epoch in (flat[: made.count], flat[made.count :]):
         assert len([p for b in epoch for p in b.prompts]) == 8
     assert all(len({p.category for p in b.prompts}) == 1 for b in flat)
-    assert all(b.weight == pytest.approx(b.rows / 8) for b in flat)
+    assert all(b.weight == pytest.approx(b.rows / 4) for b in flat)
     assert len({b.key for b in flat}) == len(flat)
     assert all(len(condition_of(policy, b).embeds_PLD) == len(b.prompts) for b in flat)
 
@@ -135,8 +135,8 @@ def test_a_teacher_that_is_no_slot_of_the_student_is_a_policy_of_its_own(tiny_ba
 def test_steps_with_the_segments_targets_follow_the_guided_teacher(policy, tmp_path):
     made = trajectories(policy, tmp_path)
     one = bundles(policy, per=1).at(1)[0]
-    asked = Segments(policy, made).targets(one)
-    states = made.of(policy, one)
+    asked = Segments(made).targets(one)
+    states = made.of(one)
     x = one.noises(policy)
     for k in range(2):
         rows = asked.sigma_B == KNOTS[k]
@@ -150,15 +150,15 @@ def test_steps_with_the_segments_targets_follow_the_guided_teacher(policy, tmp_p
     assert gap < 0.05  # a grid that passes through the knots is hardly another one
     (kept,) = tmp_path.iterdir()
     written = kept.stat().st_mtime_ns
-    assert made.of(policy, one).equal(states) and kept.stat().st_mtime_ns == written
+    assert made.of(one).equal(states) and kept.stat().st_mtime_ns == written
 
 
 def test_a_segment_of_one_teacher_step_is_that_step_for_consistency_too(policy, tmp_path):
     """At the last level before the end of a segment v* is the teacher's own velocity."""
     sigmas = (1.0, 0.5, 0.0)
-    made = Trajectories(teachers(policy), sigmas, KNOTS, tmp_path)
+    made = Trajectories(policy, teachers(policy), {SIZE: sigmas}, KNOTS, tmp_path)
     one = bundles(policy).at(1)[0]
-    asked = Consistency(policy, made.teachers, made).targets(one)
+    asked = Consistency(policy, made).targets(one)
     step = KNOTS.index(float(asked.sigma_B[0]))
     said = made.teachers.fields(one)(asked.x_BNC, asked.sigma_B, step)
     torch.testing.assert_close(asked.velocity_BNC, said, atol=1e-5, rtol=1e-4)
@@ -166,9 +166,9 @@ def test_a_segment_of_one_teacher_step_is_that_step_for_consistency_too(policy, 
 
 def test_consistency_leads_where_the_teacher_and_then_the_student_lead(policy, tmp_path):
     made = trajectories(policy, tmp_path)
-    grid = torch.tensor(made.sigmas)
+    grid = torch.tensor(made.grids[SIZE])
     for bundle in (b for step in range(1, 4) for b in bundles(policy).at(step)):
-        asked = Consistency(policy, made.teachers, made).targets(bundle)
+        asked = Consistency(policy, made).targets(bundle)
         s = asked.sigma_B
         step = sum(float(s[0]) <= knot for knot in KNOTS[1:-1])
         s_end = torch.full_like(s, KNOTS[step + 1])
@@ -184,7 +184,8 @@ def test_consistency_leads_where_the_teacher_and_then_the_student_lead(policy, t
 def test_opd_asks_the_guided_teacher_at_every_state_of_the_student(policy):
     one = bundles(policy, per=1).at(1)[0]
     sigmas = policy.sigmas(3, SIZE)
-    asked = OnPolicy(policy, teachers(policy), sigmas, [1.0, 2.0, 4.0]).targets(one)
+    method = OnPolicy(policy, teachers(policy), {SIZE: sigmas}, {SIZE: [1.0, 2.0, 4.0]})
+    asked = method.targets(one)
     x = asked.x_BNC[asked.sigma_B == 1.0]
     states = student_states(policy, one, sigmas, x, 2)
     speak = teachers(policy).fields(one)
@@ -248,10 +249,9 @@ def method_of(name, policy, folder):
     if name == "dmd":
         return DistributionMatching(policy, kept.teachers, KNOTS, MatchingConfig(ratio=1))
     if name == "opd":
-        return OnPolicy(policy, kept.teachers, policy.sigmas(3, SIZE), [1.0] * 3)
-    if name == "segments":
-        return Segments(policy, kept)
-    return Consistency(policy, kept.teachers, kept)
+        usual = {SIZE: policy.sigmas(3, SIZE)}
+        return OnPolicy(policy, kept.teachers, usual, {SIZE: [1.0] * 3})
+    return Segments(kept) if name == "segments" else Consistency(policy, kept)
 
 
 @pytest.mark.parametrize("name", ["segments", "consistency", "dmd", "opd"])
