@@ -169,10 +169,9 @@ def _parts(config: DistillConfig, steps: int) -> Parts:
         )
     sizes = check_pictures(base, [*prompts, *shown], config.size, "size")
     policy = load_policy(config.student)
-    teachers = open_teachers(policy, config.teachers)
+    moved = bool(config.start) and start_from(policy, str(config.start), config.start_slot)
+    teachers = open_teachers(policy, config.teachers, apart=moved)
     teachers.check(sorted({p.category for p in (*prompts, *shown)}), steps)
-    if config.start:
-        start_from(policy, config.start, config.start_slot)
     grids = {size: policy.sigmas(config.teacher_steps, size) for size in sizes}
     return Parts(
         policy=policy, teachers=teachers, prompts=prompts, shown=shown, teacher_grids=grids
@@ -222,13 +221,14 @@ def _finish(
         home, parts.policy, method, bundles, shown, config.pace, config.learner, config.precision
     )
     after = shown.distance()
-    write_model(parts.policy, home.root / "model", grid, config.save_dtype)
+    base, model = config.student.model, home.root / "model"
+    write_model(parts.policy, base, model, grid, config.save_dtype)
     metrics: dict[str, Any] = {
         "heldout/distance": {"before": before, "after": after, "gain": after - before},
     }
     same = parts.teachers.checksums() == frozen
     return home.write_result(
-        time.monotonic() - began, metrics, model=str(home.root / "model"), teachers_unchanged=same
+        time.monotonic() - began, metrics, model=str(model), teachers_unchanged=same
     )
 
 

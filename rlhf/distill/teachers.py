@@ -119,32 +119,36 @@ class Spoken:
         return total
 
 
-def open_teachers(student: PipelinePolicy, configs: Mapping[str, TeacherConfig]) -> Teachers:
+def open_teachers(
+    student: PipelinePolicy, configs: Mapping[str, TeacherConfig], apart: bool = False
+) -> Teachers:
     """Teachers by name. Those whose base and trained weights are laid out like the student's are
-    slots `teacher/<name>` of it and share all that is frozen; others are policies of their own.
+    slots `teacher/<name>` of it and share all that is frozen; others are policies of their own, and
+    so are all if the student is `apart`, its frozen weights no longer its base's.
 
     Raises:
         ConfigError: none, or what `open_policy` raises.
     """
     if not configs:
         raise ConfigError("teachers: expected at least one, got none: write teachers={base: {}}")
-    return Teachers({name: _open(student, name, one) for name, one in configs.items()})
+    return Teachers({name: _open(student, name, one, apart) for name, one in configs.items()})
 
 
-def _open(student: PipelinePolicy, name: str, config: TeacherConfig) -> Teacher:
-    own = student.config
-    if config.model is None or config.model == own.model:
+def _open(student: PipelinePolicy, name: str, config: TeacherConfig, apart: bool) -> Teacher:
+    own, model = student.config, config.model or student.config.model
+    if model == own.model and not apart:
         return Teacher(config=config, policy=student, slot="reference")
     opening = Opening(
-        model=config.model,
+        model=model,
         checkpoint=config.checkpoint,
         slot=config.slot,
         device=own.device,
         dtype=own.dtype,
     )
     opened = open_policy(opening).policy
-    if not _alike(own, opened.config):
+    if apart or not _alike(own, opened.config):
         opened.transformer.requires_grad_(False)
+        opened.slots.drop("reference")
         return Teacher(config=config, policy=opened, slot="train")
     slot = f"teacher/{name}"
     student.slots.load(slot, opened.slots.tensors("train"))

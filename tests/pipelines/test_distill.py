@@ -13,8 +13,10 @@ from rlhf import checkpoint, config
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.heldout import strict_ratio
 from rlhf.policies.open import Opening, open_policy
+from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from tests.pipelines.conftest import make_run
+from tests.rlhf.tiny import arguments as align_arguments
 from tests.rlhf.tiny import close_pictures, drawn, prompt_file, same, stock_pipeline
 
 TEXT = "a red circle number 1"
@@ -90,6 +92,37 @@ def test_a_run_that_is_stopped_continues_bit_for_bit(tiny_base, tmp_path, method
     assert ("slots/fake" in one.tensors) == (method == "dmd")
     for part, tensors in one.tensors.items():
         assert same(dict(tensors), dict(two.tensors[part])), part
+
+
+def test_a_full_student_of_a_lora_teacher_is_aligned_further(tiny_base, tmp_path):
+    """From a LoRA run, beside a teacher that is a full one; then `rlhf align` with a ratio loss."""
+    lora = make_run(tiny_base, tmp_path, "lora")
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    teachers = f"teachers={{signs: {{model: {lora.root}}}, all: {{model: {full.root}}}}}"
+    more = ["student.train=full", f"start={lora.root}", teachers, "learner.lr=1e-3", "grid=even-2"]
+    assert distill.fewstep(few(tiny_base, tmp_path, *more))["teachers_unchanged"]
+    model = tmp_path / "runs" / "tiny" / "model"
+    ratio = ["loss.name=grpo", "rollout.kernel=flow-sde", "rollout.window=[0,1]"]
+    short = ["iterations=1", "rollout.steps=2", "rollout.guidance=1", "name=aligned"]
+    assert main(align_arguments(model, tmp_path, *ratio, *short)) == 0
+    (row,) = Run.open(tmp_path / "runs" / "aligned").rows()
+    assert row["grad_norm"] > 0
+
+
+def test_a_run_from_full_weights_under_a_lora_continues_bit_for_bit(tiny_base, tmp_path):
+    """What is frozen under the LoRA is the start's: read again when the run is."""
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    more = [f"start={full.root}", "steps=2"]
+    runs = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        steps = ["pace.steps=2"] if name == "parts" else []
+        made = arguments(tiny_base, tmp_path / name, *more, *steps)
+        distill.opd(config.load(OpdConfig, None, made, "distill"))
+        runs.append(tmp_path / name / "runs" / "tiny")
+    assert main(["distill", "opd", "--resume", str(runs[1]), "pace.steps=4"]) == 0
+    one, two = (stock_pipeline(run / "model").transformer.state_dict() for run in runs)
+    assert same(one, two)
 
 
 def test_opd_learns_from_two_teachers_and_keeps_the_usual_grid(tiny_base, tmp_path):
