@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from rlhf.distill.objectives import path_weights
 from rlhf.distill.student import Shown, distil, give_grid, start_from, write_model
 from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
 from rlhf.distill.trajectories import Trajectories
-from rlhf.distributed import ALONE
+from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
 from rlhf.policies.config import PolicyConfig
@@ -150,6 +150,7 @@ class OpdConfig(DistillConfig):
 class Parts:
     """What both programs are made of, before a run is."""
 
+    ranks: Ranks
     policy: PipelinePolicy
     teachers: Teachers
     prompts: Sequence[Prompt]
@@ -157,8 +158,9 @@ class Parts:
     teacher_grids: Grids  # the usual ones
 
 
-def _parts(config: DistillConfig, steps: int) -> Parts:
+def _parts(config: DistillConfig, steps: int, ranks: Ranks) -> Parts:
     """Opened and checked; `steps` are the student's. Raises ConfigError or PromptError."""
+    ranks.share(range(config.pace.micro_batches))  # as every step will be
     prompts, shown = load_prompts(config.prompts), load_prompts(config.shown)
     base = describe(config.student.model)
     if base.own_grid:
@@ -168,13 +170,18 @@ def _parts(config: DistillConfig, steps: int) -> Parts:
             " start=runs/<name> to begin with its weights"
         )
     sizes = check_pictures(base, [*prompts, *shown], config.size, "size")
-    policy = load_policy(config.student)
+    policy = load_policy(replace(config.student, device=ranks.device))
     moved = bool(config.start) and start_from(policy, str(config.start), config.start_slot)
     teachers = open_teachers(policy, config.teachers, apart=moved)
     teachers.check(sorted({p.category for p in (*prompts, *shown)}), steps)
     grids = {size: policy.sigmas(config.teacher_steps, size) for size in sizes}
     return Parts(
-        policy=policy, teachers=teachers, prompts=prompts, shown=shown, teacher_grids=grids
+        ranks=ranks,
+        policy=policy,
+        teachers=teachers,
+        prompts=prompts,
+        shown=shown,
+        teacher_grids=grids,
     )
 
 
@@ -213,20 +220,30 @@ def _finish(
     shown: Shown,
     grid: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """Train, write the model and the result."""
-    began, frozen = time.monotonic(), parts.teachers.checksums()
-    before = shown.distance()
-    bundles = _bundles(config, parts)
+    """Train, write the model and the result; on ranks but the first, nothing is written."""
+    began, ranks, found = time.monotonic(), parts.ranks, {}
+    frozen = parts.teachers.checksums()
+    ranks.on_first(lambda: found.update(before=shown.distance()))
     distil(
-        home, parts.policy, method, bundles, shown, config.pace, config.learner, config.precision
+        home,
+        parts.policy,
+        method,
+        _bundles(config, parts),
+        shown,
+        config.pace,
+        config.learner,
+        config.precision,
+        ranks,
     )
-    after = shown.distance()
+    same = all(ranks.gather(parts.teachers.checksums() == frozen))
+    if not ranks.is_first:
+        return {}
+    before, after = found["before"], shown.distance()
     base, model = config.student.model, home.root / "model"
     write_model(parts.policy, base, model, grid, config.save_dtype)
     metrics: dict[str, Any] = {
         "heldout/distance": {"before": before, "after": after, "gain": after - before},
     }
-    same = parts.teachers.checksums() == frozen
     return home.write_result(
         time.monotonic() - began, metrics, model=str(model), teachers_unchanged=same
     )
@@ -236,17 +253,23 @@ def _finish(
 
 
 def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]:
-    """Distil into a student of a few fixed noise levels; the result is `<run>/model`.
+    """Distil into a student of a few fixed noise levels; the result is `<run>/model`. Under
+    torchrun ranks share the bundles of a step; those but the first return an empty result.
 
     Raises:
         ConfigError, PromptError: before anything is computed or written.
     """
     torch.set_num_threads(config.threads)
+    with session(config.student.device) as ranks:
+        return _fewstep(config, resume, ranks)
+
+
+def _fewstep(config: FewstepConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
     knots = grid_of(config.grid)
-    parts = _parts(config, len(knots) - 1)
+    parts = _parts(config, len(knots) - 1, ranks)
     grids = {size: through(usual, knots) for size, usual in parts.teacher_grids.items()}
     give_grid(parts.policy.pipeline, knots)
-    home = open_run(config, "distill fewstep", resume, ALONE)
+    home = open_run(config, "distill fewstep", resume, ranks)
     kept = Trajectories(parts.policy, parts.teachers, grids, knots, home.root / "trajectories")
     method: Method
     if config.method == "segments":
@@ -255,25 +278,30 @@ def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]
         method = Consistency(parts.policy, kept)
     else:
         method = DistributionMatching(
-            parts.policy, parts.teachers, knots, config.matching, config.precision
+            parts.policy, parts.teachers, knots, config.matching, config.precision, ranks
         )
     shown = _shown(config, parts, dict.fromkeys(grids, knots), kept)
     return _finish(config, home, parts, method, shown, knots)
 
 
 def opd(config: OpdConfig, resume: Path | None = None) -> dict[str, Any]:
-    """Distil on the student's own trajectories; the result is `<run>/model`.
+    """Distil on the student's own trajectories; the result is `<run>/model`. Ranks: see `fewstep`.
 
     Raises:
         ConfigError, PromptError: before anything is computed or written.
     """
     torch.set_num_threads(config.threads)
-    parts = _parts(config, config.steps)
+    with session(config.student.device) as ranks:
+        return _opd(config, resume, ranks)
+
+
+def _opd(config: OpdConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
+    parts = _parts(config, config.steps, ranks)
     grids = {size: parts.policy.sigmas(config.steps, size) for size in parts.teacher_grids}
     weights = {size: [1.0] * config.steps for size in grids}
     if config.weighting == "path-kl":
         weights = {size: path_weights(s, config.noise_level) for size, s in grids.items()}
-    home = open_run(config, "distill opd", resume, ALONE)
+    home = open_run(config, "distill opd", resume, ranks)
     usual, folder = parts.teacher_grids, home.root / "trajectories"
     kept = Trajectories(parts.policy, parts.teachers, usual, (1.0, 0.0), folder)
     method = OnPolicy(parts.policy, parts.teachers, grids, weights)

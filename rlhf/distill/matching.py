@@ -20,6 +20,7 @@ from rlhf.distill.method import Targets
 from rlhf.distill.objectives import euler, matching_gradient, matching_target, velocity_loss
 from rlhf.distill.teachers import Teachers
 from rlhf.distill.trajectories import student_states
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
 from rlhf.flow import logit_normal, mixed_precision
 from rlhf.learner import Learner, LearnerConfig
@@ -71,12 +72,13 @@ class DistributionMatching:
         sigmas: Sequence[float],
         config: MatchingConfig,
         precision: str = "float32",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self.teachers, self.config = policy, teachers, config
         self.precision = precision
         self.sigmas = tuple(sigmas)
         policy.slots.copy("reference", FAKE)
-        self.fake = Learner(policy.slots.learn(FAKE), config.learner)
+        self.fake = Learner(policy.slots.learn(FAKE), config.learner, ranks)
         self.companions: Mapping[str, Learner] = {FAKE: self.fake}
         self._last: Mapping[str, float] = {}
 

@@ -20,6 +20,7 @@ from rlhf.distill.bundles import Bundle, Bundles, split_bundles
 from rlhf.distill.grids import Grids
 from rlhf.distill.method import Method, student_loss
 from rlhf.distill.trajectories import Trajectories, student_states
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_directory
 from rlhf.flow import mixed_precision
@@ -42,11 +43,12 @@ def distil(
     pace: Pace,
     learning: LearnerConfig,
     precision: str = "float32",
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train the slot `train`, from the run's last checkpoint on; its average, if there is one, is
-    in place afterwards. Raises what `rlhf.training.train` raises.
+    in place on the first rank afterwards. Raises what `rlhf.training.train` raises.
     """
-    learner = Learner(policy.slots.parameters, learning)
+    learner = Learner(policy.slots.parameters, learning, ranks)
 
     def batch_of(step: int) -> tuple[Bundle, ...]:
         batch = bundles.at(step)
@@ -77,7 +79,7 @@ def distil(
         figures=method.figures,
         companions=method.companions,
     )
-    if average is not None:
+    if average is not None and ranks.is_first:
         average.copy_to(policy.slots.parameters)
 
 
