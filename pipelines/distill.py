@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from rlhf.distill.method import Consistency, Method, OnPolicy, Segments
 from rlhf.distill.objectives import path_weights
 from rlhf.distill.student import Shown, distil, give_grid, start_from, write_model
 from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
-from rlhf.distill.trajectories import Trajectories
+from rlhf.distill.trajectories import Trajectories, make_ahead, open_trajectories
 from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
@@ -46,13 +47,15 @@ class DistillConfig:
     """What both have. `start`: a run whose `start_slot` the student begins with, instead of its
     base. A step trains on `pace.micro_batches` bundles of at most `per` prompts and `copies` seeds
     of each. `noises`: epochs after which the same seeds come again, 0 for never. `teacher_steps`:
-    of the guided pictures that the student is compared with, and regressed on.
+    of the guided pictures that the student is compared with, and regressed on; `workers` processes
+    make them, above 1 on Ray and before training.
     """
 
     name: str = "distill"
     runs: str = "runs"
     seed: int = 0
-    threads: int = 1
+    threads: int = 1  # of each process
+    workers: int = 1
     student: PolicyConfig = field(default_factory=PolicyConfig)
     start: str | None = None
     start_slot: str = "train"
@@ -74,12 +77,11 @@ class DistillConfig:
     def check(self) -> None:
         if self.student.train == "none":
             raise ConfigError("student.train: expected lora or full, got none: nothing would learn")
-        if min(self.per, self.copies, self.teacher_steps, self.threads, self.pace.steps) < 1:
-            raise ConfigError(
-                "expected per, copies, teacher_steps, threads and pace.steps of at least 1, got"
-                f" {self.per}, {self.copies}, {self.teacher_steps}, {self.threads} and"
-                f" {self.pace.steps}"
-            )
+        names = ("per", "copies", "teacher_steps", "threads", "workers")
+        counts = {name: getattr(self, name) for name in names} | {"pace.steps": self.pace.steps}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {count}")
         if self.noises < 0:
             raise ConfigError(f"noises: expected 0 (fresh ones) or more, got {self.noises}")
         if self.learner.parallel != "ddp":
@@ -212,6 +214,22 @@ def _shown(config: DistillConfig, parts: Parts, grids: Grids, teacher: Trajector
     return Shown(parts.policy, bundles, grids, teacher)
 
 
+def _make_ahead(config: DistillConfig, parts: Parts, shown: Shown, bundles: Bundles | None) -> None:
+    """Have the workers make the trajectories of what is shown, and of all that `bundles` give."""
+    steps = range(1, config.pace.steps + 1) if bundles else ()
+    wanted = [*shown.bundles, *(one for step in steps for one in bundles.at(step))]
+    kept = shown.teacher
+    build = partial(
+        open_trajectories,
+        config.student,
+        config.teachers,
+        kept.grids,
+        kept.knots,
+        kept.folder.absolute(),
+    )
+    make_ahead(kept, wanted, build, config.workers, config.threads, parts.ranks)
+
+
 def _finish(
     config: DistillConfig,
     home: Run,
@@ -222,13 +240,15 @@ def _finish(
 ) -> dict[str, Any]:
     """Train, write the model and the result; on ranks but the first, nothing is written."""
     began, ranks, found = time.monotonic(), parts.ranks, {}
-    frozen = parts.teachers.checksums()
+    frozen, bundles = parts.teachers.checksums(), _bundles(config, parts)
+    if config.workers > 1:
+        _make_ahead(config, parts, shown, bundles if method.trajectories else None)
     ranks.on_first(lambda: found.update(before=shown.distance()))
     distil(
         home,
         parts.policy,
         method,
-        _bundles(config, parts),
+        bundles,
         shown,
         config.pace,
         config.learner,

@@ -65,6 +65,8 @@ class _Made:
 class DistributionMatching:
     """See `rlhf.distill.method.Method`."""
 
+    trajectories = None
+
     def __init__(
         self,
         policy: PipelinePolicy,

@@ -52,9 +52,12 @@ class Targets:
 
 @runtime_checkable
 class Method(Protocol):
-    """`companions` learn beside the student and are in its checkpoints."""
+    """`companions` learn beside the student and are in its checkpoints. `trajectories`: those that
+    its targets are made from, if they are.
+    """
 
     companions: Mapping[str, Learner]
+    trajectories: Trajectories | None
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         """Whatever else is trained, before the student is asked about a batch."""
@@ -73,6 +76,7 @@ class Alone:
     """Of a method that trains nothing but the student."""
 
     companions: Mapping[str, Learner] = {}
+    trajectories: Trajectories | None = None
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         return None
@@ -94,11 +98,11 @@ class Segments(Alone):
     """All segments of the teachers' trajectories of a bundle's seeds."""
 
     def __init__(self, trajectories: Trajectories) -> None:
-        self.trajectories = trajectories
+        self.kept = self.trajectories = trajectories
 
     def targets(self, bundle: Bundle) -> Targets:
-        states = self.trajectories.of(bundle)
-        knots, prompts = self.trajectories.knots, len(bundle.prompts)
+        states = self.kept.of(bundle)
+        knots, prompts = self.kept.knots, len(bundle.prompts)
         s = levels_by_prompt(knots[:-1], bundle.rows, prompts)
         s_end = levels_by_prompt(knots[1:], bundle.rows, prompts)
         x, x_end = by_prompt(states[:-1], prompts), by_prompt(states[1:], prompts)
@@ -110,14 +114,15 @@ class Consistency(Alone):
     """One level in one segment for each row: the teachers' pictures of its seed, noised afresh."""
 
     def __init__(self, policy: PipelinePolicy, trajectories: Trajectories) -> None:
-        self.policy, self.trajectories = policy, trajectories
+        self.policy, self.kept = policy, trajectories
+        self.trajectories = trajectories
 
     @torch.no_grad()
     def targets(self, bundle: Bundle) -> Targets:
         """v* = (x - f) / (s - s_end) with f = x' - (s' - s_end) v_theta(x', s'), and x' at the next
         level s' of the teachers' grid, one guided step away.
         """
-        kept = self.trajectories
+        kept = self.kept
         knots, grid = kept.knots, torch.tensor(kept.grids[bundle.size])
         rows = noise.generator(_LEVEL, *bundle.key)
         step = int(torch.randint(len(knots) - 1, (1,), generator=rows))

@@ -186,6 +186,26 @@ def test_a_step_of_several_bundles_has_the_mean_of_their_losses(tiny_base, tmp_p
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.ray
+def test_two_workers_make_the_trajectories_of_one(tiny_base, tmp_path, ray_head):
+    """Bit for bit, by two teachers of which one is a policy of its own, and for a student on other
+    weights; all of them before the first step.
+    """
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    teachers = f"teachers={{base: {{}}, all: {{model: {full.root}, by_step: [0, 1]}}}}"
+    more = [teachers, "grid=even-2", "noises=2", "pace.steps=4", f"start={full.root}"]
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        distill.fewstep(few(tiny_base, folder, *more, f"workers={workers}"))
+        run = folder / "runs" / "tiny"
+        files = {p.name: p.read_bytes() for p in (run / "trajectories").iterdir()}
+        found.append((files, checkpoint.load(checkpoint.latest(run)).tensors["slots/train"]))
+    assert found[0][0] == found[1][0] and len(found[0][0]) > 3
+    assert same(dict(found[0][1]), dict(found[1][1]))
+
+
 def test_a_student_is_measured_beside_its_teacher(tiny_base, tmp_path):
     distill.fewstep(few(tiny_base, tmp_path, "grid=even-2", "pace.steps=1"))
     found = evaluate.run(
@@ -225,6 +245,7 @@ def test_a_teacher_beside_itself_has_ratio_one():
         (["grid=[1,0.5,0.7]"], "strictly decreasing"),
         (["noises=0"], "write noises=2"),
         (["teachers={}"], "expected at least one"),
+        (["workers=0"], "workers: expected at least 1, got 0"),
         (["teachers.base.guidance=0.5"], "expected 1 .unguided. or more"),
         (["teachers.base.categories={objects: 1}"], "a say on prompts of 'general'"),
         (["teachers.base.by_step=[0]"], "a say on prompts of 'general'"),
