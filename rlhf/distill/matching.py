@@ -101,7 +101,7 @@ class DistributionMatching:
         made = self._made(bundle, rows)
         t, eps = self._noise(bundle, rows)
         x_t = made.x + t[:, None, None] * (eps - made.x)
-        v_real = self.teachers.fields(bundle)(x_t, t, made.step)
+        v_real = self.teachers.fields(bundle, [made.step])(x_t, t, made.step)
         v_fake = field_of(self.policy, bundle, FAKE)(x_t, t)
         gradient = matching_gradient(made.x, x_t, v_fake, v_real, t)
         target, weight = matching_target(made.v, gradient, made.s)

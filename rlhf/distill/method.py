@@ -131,7 +131,7 @@ class Consistency(Alone):
         s, s_next, s_end = grid[at], grid[at + 1], torch.full((bundle.rows,), knots[step + 1])
         x0, eps = kept.of(bundle)[-1], bundle.drawn(self.policy, rows)
         x = x0 + s[:, None, None] * (eps - x0)
-        x_next = euler(x, kept.teachers.fields(bundle)(x, s, step), s, s_next)
+        x_next = euler(x, kept.teachers.fields(bundle, [step])(x, s, step), s, s_next)
         own = field_of(self.policy, bundle, "train")(x_next, s_next)
         v = average_velocity(x, euler(x_next, own, s_next, s_end), s, s_end)
         return Targets(x_BNC=x, sigma_B=s, velocity_BNC=v, weight_B=torch.full_like(s, 1 / len(s)))
@@ -158,7 +158,7 @@ class OnPolicy(Alone):
         sigmas, prompts = self.grids[bundle.size], len(bundle.prompts)
         x = bundle.drawn(self.policy, noise.generator(_NOISE, *bundle.key))
         states = student_states(self.policy, bundle, sigmas, x, len(sigmas) - 2)
-        speak = self.teachers.fields(bundle)
+        speak = self.teachers.fields(bundle, range(len(states)))
         said = [speak(x, s, k) for k, (x, s) in enumerate(zip(states, sigmas, strict=False))]
         weight = levels_by_prompt(self.weights[bundle.size], bundle.rows, prompts)
         return Targets(

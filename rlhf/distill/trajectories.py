@@ -53,7 +53,7 @@ def teacher_states(
     """States of the teachers' guided trajectory from x at every knot of the student's grid, (K + 1,
     B, N, C). `sigmas` is the teachers' grid and holds the knots.
     """
-    speak, kept = teachers.fields(bundle), [x]
+    speak, kept = teachers.fields(bundle, range(len(knots) - 1)), [x]
     for s, s_end in zip(sigmas, sigmas[1:], strict=False):
         v = speak(x, s, step_at(knots, s))
         level = torch.full((len(x),), s)

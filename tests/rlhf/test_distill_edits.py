@@ -160,6 +160,17 @@ def test_every_size_has_a_grid_of_its_own(policy, tmp_path, name):
     assert gradient(policy, bundle, asked)
 
 
+def test_a_trajectory_is_sampled_on_the_grid_of_its_size(policy, tmp_path):
+    kept = trajectories(policy, tmp_path, (SIZE, WIDE))
+    (bundle,) = bundles(policy, edits(tmp_path, size=WIDE)).at(1)
+    states = kept.of(bundle)
+    speak = kept.teachers.fields(bundle, [0, 1])
+    x, sigmas = bundle.noises(policy), kept.grids[WIDE]
+    for s, s_end in zip(sigmas, sigmas[1:], strict=False):
+        x = x - (s - s_end) * speak(x, s, int(s <= 0.5))
+    torch.testing.assert_close(states[-1], x, atol=1e-4, rtol=1e-4)
+
+
 def test_a_sheet_has_what_is_edited_above_the_pictures_made_of_it(policy, tmp_path):
     made = bundles(policy, edits(tmp_path))
     kept = trajectories(policy, tmp_path)
