@@ -103,7 +103,8 @@ def test_a_full_student_of_a_lora_teacher_is_aligned_further(tiny_base, tmp_path
     assert distill.fewstep(few(tiny_base, tmp_path, *more))["teachers_unchanged"]
     model = tmp_path / "runs" / "tiny" / "model"
     ratio = ["loss.name=grpo", "rollout.kernel=flow-sde", "rollout.window=[0,1]"]
-    short = ["iterations=1", "rollout.steps=2", "rollout.guidance=1", "name=aligned"]
+    once = ["iterations=1", "loss.updates_per_rollout=1"]
+    short = [*once, "rollout.steps=2", "rollout.guidance=1", "name=aligned"]
     assert main(align_arguments(model, tmp_path, *ratio, *short)) == 0
     (row,) = Run.open(tmp_path / "runs" / "aligned").rows()
     assert row["grad_norm"] > 0
