@@ -194,7 +194,9 @@ def test_two_workers_make_the_trajectories_of_one(tiny_base, tmp_path, ray_head)
     """
     full = make_run(tiny_base, tmp_path, "full", train="full")
     teachers = f"teachers={{base: {{}}, all: {{model: {full.root}, by_step: [0, 1]}}}}"
+    prompts = prompt_file(tmp_path)
     more = [teachers, "grid=even-2", "noises=2", "pace.steps=4", f"start={full.root}"]
+    more += [f"prompts.source={prompts}", f"shown.source={prompts}"]
     found = []
     for workers in (1, 2):
         folder = tmp_path / str(workers)

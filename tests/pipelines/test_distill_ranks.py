@@ -13,18 +13,20 @@ from rlhf.errors import ConfigError
 from rlhf.run import Run
 from tests.pipelines.test_distill import few
 from tests.rlhf.ranks import launch_programs
-from tests.rlhf.tiny import same
+from tests.rlhf.tiny import prompt_file, same
 
 METHODS = ("segments", "dmd")
 pytestmark = pytest.mark.slow
 
 
 def config_of(base, folder, method, *more):
-    """Two bundles a step, of which each of two ranks computes one."""
+    """Two bundles a step, of which each of two ranks computes one. All read one file of prompts."""
     folder.mkdir(parents=True)
+    prompts = prompt_file(folder.parents[1])
     short = ["grid=even-2", "pace.steps=2", "pace.save_every=1", "pace.ema=0.9", "noises=1"]
     small = ["pace.micro_batches=2", "learner.lr=1e-3", "matching.ratio=2", f"method={method}"]
-    return few(base, folder, *short, *small, *more)
+    shared = [f"prompts.source={prompts}", f"shown.source={prompts}"]
+    return few(base, folder, *short, *small, *shared, *more)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,9 @@ def runs(tiny_base, tmp_path_factory):
         distill.fewstep(one)
         for name, made in (("one", one), ("two", two)):
             found[name, method] = Run(root / name / method / "runs" / made.name)
-    again = config_of(tiny_base, root / "again", "dmd")
+    again = config_of(tiny_base, root / "again" / "dmd", "dmd")
     first = replace(again, pace=replace(again.pace, steps=1))
-    found["again", "dmd"] = run = Run(root / "again" / "runs" / again.name)
+    found["again", "dmd"] = run = Run(root / "again" / "dmd" / "runs" / again.name)
     programs.append(partial(distill.fewstep, first))
     programs.append(partial(distill.fewstep, again, resume=run.root))
     launch_programs(programs)
@@ -86,7 +88,7 @@ def test_two_ranks_that_stopped_continue_bit_for_bit(runs):
 
 
 def test_fewer_bundles_than_ranks_are_refused_before_anything_is_written(tiny_base, tmp_path):
-    config = config_of(tiny_base, tmp_path / "few", "segments", "pace.micro_batches=1")
+    config = config_of(tiny_base, tmp_path / "few" / "segments", "segments", "pace.micro_batches=1")
     with pytest.raises(ConfigError, match="write pace.micro_batches=2"):
         distill._fewstep(config, None, Ranks(world=2))
-    assert not (tmp_path / "few" / "runs").exists()
+    assert not (tmp_path / "few" / "segments" / "runs").exists()
