@@ -216,9 +216,9 @@ def _shown(config: DistillConfig, parts: Parts, grids: Grids, teacher: Trajector
 
 def _make_ahead(config: DistillConfig, parts: Parts, shown: Shown, bundles: Bundles | None) -> None:
     """Have the workers make the trajectories of what is shown, and of all that `bundles` give."""
-    steps = range(1, config.pace.steps + 1) if bundles else ()
-    wanted = [*shown.bundles, *(one for step in steps for one in bundles.at(step))]
-    kept = shown.teacher
+    wanted, kept = list(shown.bundles), shown.teacher
+    if bundles is not None:
+        wanted += [one for step in range(1, config.pace.steps + 1) for one in bundles.at(step)]
     build = partial(
         open_trajectories,
         config.student,

@@ -52,12 +52,14 @@ class Targets:
 
 @runtime_checkable
 class Method(Protocol):
-    """`companions` learn beside the student and are in its checkpoints. `trajectories`: those that
-    its targets are made from, if they are.
-    """
+    """`companions` learn beside the student and are in its checkpoints."""
 
     companions: Mapping[str, Learner]
-    trajectories: Trajectories | None
+
+    @property
+    def trajectories(self) -> Trajectories | None:
+        """Those that its targets are made from, if they are."""
+        ...
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         """Whatever else is trained, before the student is asked about a batch."""
@@ -76,7 +78,6 @@ class Alone:
     """Of a method that trains nothing but the student."""
 
     companions: Mapping[str, Learner] = {}
-    trajectories: Trajectories | None = None
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         return None
@@ -98,11 +99,11 @@ class Segments(Alone):
     """All segments of the teachers' trajectories of a bundle's seeds."""
 
     def __init__(self, trajectories: Trajectories) -> None:
-        self.kept = self.trajectories = trajectories
+        self.trajectories = trajectories
 
     def targets(self, bundle: Bundle) -> Targets:
-        states = self.kept.of(bundle)
-        knots, prompts = self.kept.knots, len(bundle.prompts)
+        states = self.trajectories.of(bundle)
+        knots, prompts = self.trajectories.knots, len(bundle.prompts)
         s = levels_by_prompt(knots[:-1], bundle.rows, prompts)
         s_end = levels_by_prompt(knots[1:], bundle.rows, prompts)
         x, x_end = by_prompt(states[:-1], prompts), by_prompt(states[1:], prompts)
@@ -114,15 +115,14 @@ class Consistency(Alone):
     """One level in one segment for each row: the teachers' pictures of its seed, noised afresh."""
 
     def __init__(self, policy: PipelinePolicy, trajectories: Trajectories) -> None:
-        self.policy, self.kept = policy, trajectories
-        self.trajectories = trajectories
+        self.policy, self.trajectories = policy, trajectories
 
     @torch.no_grad()
     def targets(self, bundle: Bundle) -> Targets:
         """v* = (x - f) / (s - s_end) with f = x' - (s' - s_end) v_theta(x', s'), and x' at the next
         level s' of the teachers' grid, one guided step away.
         """
-        kept = self.kept
+        kept = self.trajectories
         knots, grid = kept.knots, torch.tensor(kept.grids[bundle.size])
         rows = noise.generator(_LEVEL, *bundle.key)
         step = int(torch.randint(len(knots) - 1, (1,), generator=rows))
@@ -142,6 +142,8 @@ class OnPolicy(Alone):
     way. `grids`: the student's for every size of a picture, `weights`: of each of their steps, 1
     for the plain squared distance.
     """
+
+    trajectories = None
 
     def __init__(
         self,
