@@ -13,25 +13,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from rlhf.distill.bundles import Bundles
-from rlhf.distill.grids import grid_of, through
+from rlhf.distill.grids import Grids, grid_of, through
 from rlhf.distill.matching import DistributionMatching, MatchingConfig
 from rlhf.distill.method import Consistency, Method, OnPolicy, Segments
 from rlhf.distill.objectives import path_weights
 from rlhf.distill.student import Shown, distil, give_grid, start_from, write_model
 from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
-from rlhf.distill.trajectories import Trajectories
-from rlhf.distributed import ALONE
+from rlhf.distill.trajectories import Trajectories, make_ahead, open_trajectories
+from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
 from rlhf.policies.config import PolicyConfig
-from rlhf.policies.families import describe, load_policy
+from rlhf.policies.families import check_pictures, describe, load_policy
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.prompts import PromptSet, load_prompts
 from rlhf.run import Run
@@ -46,13 +47,15 @@ class DistillConfig:
     """What both have. `start`: a run whose `start_slot` the student begins with, instead of its
     base. A step trains on `pace.micro_batches` bundles of at most `per` prompts and `copies` seeds
     of each. `noises`: epochs after which the same seeds come again, 0 for never. `teacher_steps`:
-    of the guided pictures that the student is compared with, and regressed on.
+    of the guided pictures that the student is compared with, and regressed on; `workers` processes
+    make them, above 1 on Ray and before training.
     """
 
     name: str = "distill"
     runs: str = "runs"
     seed: int = 0
-    threads: int = 1
+    threads: int = 1  # of each process
+    workers: int = 1
     student: PolicyConfig = field(default_factory=PolicyConfig)
     start: str | None = None
     start_slot: str = "train"
@@ -74,12 +77,11 @@ class DistillConfig:
     def check(self) -> None:
         if self.student.train == "none":
             raise ConfigError("student.train: expected lora or full, got none: nothing would learn")
-        if min(self.per, self.copies, self.teacher_steps, self.threads, self.pace.steps) < 1:
-            raise ConfigError(
-                "expected per, copies, teacher_steps, threads and pace.steps of at least 1, got"
-                f" {self.per}, {self.copies}, {self.teacher_steps}, {self.threads} and"
-                f" {self.pace.steps}"
-            )
+        names = ("per", "copies", "teacher_steps", "threads", "workers")
+        counts = {name: getattr(self, name) for name in names} | {"pace.steps": self.pace.steps}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {count}")
         if self.noises < 0:
             raise ConfigError(f"noises: expected 0 (fresh ones) or more, got {self.noises}")
         if self.learner.parallel != "ddp":
@@ -150,30 +152,38 @@ class OpdConfig(DistillConfig):
 class Parts:
     """What both programs are made of, before a run is."""
 
+    ranks: Ranks
     policy: PipelinePolicy
     teachers: Teachers
     prompts: Sequence[Prompt]
     shown: Sequence[Prompt]
-    teacher_sigmas: tuple[float, ...]  # of the usual grid
+    teacher_grids: Grids  # the usual ones
 
 
-def _parts(config: DistillConfig, steps: int) -> Parts:
+def _parts(config: DistillConfig, steps: int, ranks: Ranks) -> Parts:
     """Opened and checked; `steps` are the student's. Raises ConfigError or PromptError."""
+    ranks.share(range(config.pace.micro_batches))  # as every step will be
     prompts, shown = load_prompts(config.prompts), load_prompts(config.shown)
-    if describe(config.student.model).own_grid:
+    base = describe(config.student.model)
+    if base.own_grid:
         raise ConfigError(
             f"student.model: expected a base that samples on the usual grid, got"
             f" '{config.student.model}', which has noise levels of its own: name its base, and"
             " start=runs/<name> to begin with its weights"
         )
-    policy = load_policy(config.student)
-    teachers = open_teachers(policy, config.teachers)
+    sizes = check_pictures(base, [*prompts, *shown], config.size, "size")
+    policy = load_policy(replace(config.student, device=ranks.device))
+    moved = bool(config.start) and start_from(policy, str(config.start), config.start_slot)
+    teachers = open_teachers(policy, config.teachers, apart=moved)
     teachers.check(sorted({p.category for p in (*prompts, *shown)}), steps)
-    if config.start:
-        start_from(policy, config.start, config.start_slot)
-    sigmas = policy.sigmas(config.teacher_steps, config.size)
+    grids = {size: policy.sigmas(config.teacher_steps, size) for size in sizes}
     return Parts(
-        policy=policy, teachers=teachers, prompts=prompts, shown=shown, teacher_sigmas=sigmas
+        ranks=ranks,
+        policy=policy,
+        teachers=teachers,
+        prompts=prompts,
+        shown=shown,
+        teacher_grids=grids,
     )
 
 
@@ -190,9 +200,7 @@ def _bundles(config: DistillConfig, parts: Parts) -> Bundles:
     )
 
 
-def _shown(
-    config: DistillConfig, parts: Parts, sigmas: Sequence[float], teacher: Trajectories
-) -> Shown:
+def _shown(config: DistillConfig, parts: Parts, grids: Grids, teacher: Trajectories) -> Shown:
     bundles = Bundles(
         parts.shown,
         parts.policy,
@@ -203,7 +211,23 @@ def _shown(
         seed=config.seed + 1,
         parts=1,
     )
-    return Shown(parts.policy, bundles, sigmas, teacher)
+    return Shown(parts.policy, bundles, grids, teacher)
+
+
+def _make_ahead(config: DistillConfig, parts: Parts, shown: Shown, bundles: Bundles | None) -> None:
+    """Have the workers make the trajectories of what is shown, and of all that `bundles` give."""
+    wanted, kept = list(shown.bundles), shown.teacher
+    if bundles is not None:
+        wanted += [one for step in range(1, config.pace.steps + 1) for one in bundles.at(step)]
+    build = partial(
+        open_trajectories,
+        config.student,
+        config.teachers,
+        kept.grids,
+        kept.knots,
+        kept.folder.absolute(),
+    )
+    make_ahead(kept, wanted, build, config.workers, config.threads, parts.ranks)
 
 
 def _finish(
@@ -214,21 +238,34 @@ def _finish(
     shown: Shown,
     grid: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """Train, write the model and the result."""
-    began, frozen = time.monotonic(), parts.teachers.checksums()
-    before = shown.distance()
-    bundles = _bundles(config, parts)
+    """Train, write the model and the result; on ranks but the first, nothing is written."""
+    began, ranks, found = time.monotonic(), parts.ranks, {}
+    frozen, bundles = parts.teachers.checksums(), _bundles(config, parts)
+    if config.workers > 1:
+        _make_ahead(config, parts, shown, bundles if method.trajectories else None)
+    ranks.on_first(lambda: found.update(before=shown.distance()))
     distil(
-        home, parts.policy, method, bundles, shown, config.pace, config.learner, config.precision
+        home,
+        parts.policy,
+        method,
+        bundles,
+        shown,
+        config.pace,
+        config.learner,
+        config.precision,
+        ranks,
     )
-    after = shown.distance()
-    write_model(parts.policy, home.root / "model", grid, config.save_dtype)
+    same = all(ranks.gather(parts.teachers.checksums() == frozen))
+    if not ranks.is_first:
+        return {}
+    before, after = found["before"], shown.distance()
+    base, model = config.student.model, home.root / "model"
+    write_model(parts.policy, base, model, grid, config.save_dtype)
     metrics: dict[str, Any] = {
         "heldout/distance": {"before": before, "after": after, "gain": after - before},
     }
-    same = parts.teachers.checksums() == frozen
     return home.write_result(
-        time.monotonic() - began, metrics, model=str(home.root / "model"), teachers_unchanged=same
+        time.monotonic() - began, metrics, model=str(model), teachers_unchanged=same
     )
 
 
@@ -236,49 +273,59 @@ def _finish(
 
 
 def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]:
-    """Distil into a student of a few fixed noise levels; the result is `<run>/model`.
+    """Distil into a student of a few fixed noise levels; the result is `<run>/model`. Under
+    torchrun ranks share the bundles of a step; those but the first return an empty result.
 
     Raises:
         ConfigError, PromptError: before anything is computed or written.
     """
     torch.set_num_threads(config.threads)
+    with session(config.student.device) as ranks:
+        return _fewstep(config, resume, ranks)
+
+
+def _fewstep(config: FewstepConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
     knots = grid_of(config.grid)
-    parts = _parts(config, len(knots) - 1)
-    sigmas = through(parts.teacher_sigmas, knots)
+    parts = _parts(config, len(knots) - 1, ranks)
+    grids = {size: through(usual, knots) for size, usual in parts.teacher_grids.items()}
     give_grid(parts.policy.pipeline, knots)
-    home = open_run(config, "distill fewstep", resume, ALONE)
-    kept = Trajectories(parts.teachers, sigmas, knots, home.root / "trajectories")
+    home = open_run(config, "distill fewstep", resume, ranks)
+    kept = Trajectories(parts.policy, parts.teachers, grids, knots, home.root / "trajectories")
     method: Method
     if config.method == "segments":
-        method = Segments(parts.policy, kept)
+        method = Segments(kept)
     elif config.method == "consistency":
-        method = Consistency(parts.policy, parts.teachers, kept)
+        method = Consistency(parts.policy, kept)
     else:
         method = DistributionMatching(
-            parts.policy, parts.teachers, knots, config.matching, config.precision
+            parts.policy, parts.teachers, knots, config.matching, config.precision, ranks
         )
-    shown = _shown(config, parts, knots, kept)
+    shown = _shown(config, parts, dict.fromkeys(grids, knots), kept)
     return _finish(config, home, parts, method, shown, knots)
 
 
 def opd(config: OpdConfig, resume: Path | None = None) -> dict[str, Any]:
-    """Distil on the student's own trajectories; the result is `<run>/model`.
+    """Distil on the student's own trajectories; the result is `<run>/model`. Ranks: see `fewstep`.
 
     Raises:
         ConfigError, PromptError: before anything is computed or written.
     """
     torch.set_num_threads(config.threads)
-    parts = _parts(config, config.steps)
-    sigmas = parts.policy.sigmas(config.steps, config.size)
-    weights = [1.0] * config.steps
+    with session(config.student.device) as ranks:
+        return _opd(config, resume, ranks)
+
+
+def _opd(config: OpdConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
+    parts = _parts(config, config.steps, ranks)
+    grids = {size: parts.policy.sigmas(config.steps, size) for size in parts.teacher_grids}
+    weights = {size: [1.0] * config.steps for size in grids}
     if config.weighting == "path-kl":
-        weights = path_weights(sigmas, config.noise_level)
-    home = open_run(config, "distill opd", resume, ALONE)
-    kept = Trajectories(
-        parts.teachers, parts.teacher_sigmas, (1.0, 0.0), home.root / "trajectories"
-    )
-    method = OnPolicy(parts.policy, parts.teachers, sigmas, weights)
-    return _finish(config, home, parts, method, _shown(config, parts, sigmas, kept), None)
+        weights = {size: path_weights(s, config.noise_level) for size, s in grids.items()}
+    home = open_run(config, "distill opd", resume, ranks)
+    usual, folder = parts.teacher_grids, home.root / "trajectories"
+    kept = Trajectories(parts.policy, parts.teachers, usual, (1.0, 0.0), folder)
+    method = OnPolicy(parts.policy, parts.teachers, grids, weights)
+    return _finish(config, home, parts, method, _shown(config, parts, grids, kept), None)
 
 
 def plan_fewstep(config: FewstepConfig) -> str:

@@ -21,8 +21,8 @@ from rlhf.losses import Choice, LossConfig, check_choice
 from rlhf.losses.table import WHOLE
 from rlhf.monitor import MonitorConfig
 from rlhf.policies.config import PolicyConfig
-from rlhf.policies.families import describe
-from rlhf.prompts import PromptSet, batch_of, further, source_sizes
+from rlhf.policies.families import check_pictures, describe
+from rlhf.prompts import PromptSet, batch_of, further
 from rlhf.rollout import Noisy, Request, seeds_of
 from rlhf.sampling import Sampler
 from rlhf.schedule import build
@@ -245,19 +245,8 @@ class Config:
         """
         base = describe(self.policy.model)
         check_choice(self._choice(own_grid=base.own_grid))
-        edit = next((p for p in prompts if p.sources), None)
-        if edit is not None and not base.family.EDITS:
-            raise ConfigError(
-                f"{edit.id}: expected a prompt without source pictures for a"
-                f" {base.family.PIPELINE.__name__}, got an edit: use a Qwen-Image-2.1 base"
-            )
-        sizes = {self.rollout.size: "rollout.height and rollout.width"}
-        sizes |= {p.size: f"size of {p.id}" for p in prompts[::-1] if p.size}
-        for size, where in (sizes | source_sizes(prompts)).items():
-            try:
-                base.family.tokens(size, base.parts)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
+        at = "rollout.height and rollout.width"
+        sizes = check_pictures(base, prompts, self.rollout.size, at)
         for sampler in (self.rollout, self.protocol().sampler):
             level = sampler.noise_level if sampler.kernel != "ode" else 0.0
             for size in sizes:

@@ -11,7 +11,9 @@ NAMES = config.names()
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_configuration_loads_and_reads_back(name, tmp_path):
     program = config_program(name)
-    assert program is not None, f"configs/{name}.yaml belongs to no program: see pipelines/cli.py"
+    assert program is not None, (
+        f"configs/{name}.yaml belongs to no program: see pipelines/programs.py"
+    )
     cls = program.attribute("Config")
     loaded = config.load(cls, name, [], program.folder)
     config.save_yaml(loaded, tmp_path / "resolved.yaml")

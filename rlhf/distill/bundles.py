@@ -27,8 +27,8 @@ Field = Callable[[Tensor, "float | Tensor"], Tensor]
 class Bundle:
     """P prompts of one call, G seeds of each; a batch has B = P G rows, those of a prompt adjacent.
 
-    `weight`: rows over those of a full batch of bundles, so that every row counts alike. `key` are
-    integers that no other bundle of the run has, `step` among them.
+    `weight`: rows over those of a full bundle, so that every row counts alike. `key` are integers
+    that no other bundle of the run has, `step` among them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -143,7 +143,7 @@ class Bundles:
             prompts=chosen,
             seeds=tuple(self._seeds(round, i) for i in members),
             size=chosen[0].size or self.size,
-            weight=rows / (self.per * self.copies * self.parts),
+            weight=rows / (self.per * self.copies),
             key=(self.seed, step, place),
         )
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from rlhf.errors import ConfigError
 from rlhf.schedule import build
 
+Grids = Mapping[tuple[int, int], Sequence[float]]  # noise levels by (height, width) of a picture
+
 GRIDS: Mapping[str, tuple[float, ...]] = {
     "even-1": (1.0,),
     "even-2": (1.0, 0.5),

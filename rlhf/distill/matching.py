@@ -20,6 +20,7 @@ from rlhf.distill.method import Targets
 from rlhf.distill.objectives import euler, matching_gradient, matching_target, velocity_loss
 from rlhf.distill.teachers import Teachers
 from rlhf.distill.trajectories import student_states
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
 from rlhf.flow import logit_normal, mixed_precision
 from rlhf.learner import Learner, LearnerConfig
@@ -64,6 +65,8 @@ class _Made:
 class DistributionMatching:
     """See `rlhf.distill.method.Method`."""
 
+    trajectories = None
+
     def __init__(
         self,
         policy: PipelinePolicy,
@@ -71,19 +74,21 @@ class DistributionMatching:
         sigmas: Sequence[float],
         config: MatchingConfig,
         precision: str = "float32",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self.teachers, self.config = policy, teachers, config
         self.precision = precision
         self.sigmas = tuple(sigmas)
         policy.slots.copy("reference", FAKE)
-        self.fake = Learner(policy.slots.learn(FAKE), config.learner)
+        self.fake = Learner(policy.slots.learn(FAKE), config.learner, ranks)
         self.companions: Mapping[str, Learner] = {FAKE: self.fake}
         self._last: Mapping[str, float] = {}
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         """Fit the fake score to what the student makes now: `ratio` flow matching updates."""
+        share = 1 / len(batch)
         for turn in range(self.config.ratio):
-            outcome = self.fake.step(batch, lambda one, turn=turn: self._flow_matching(one, turn))
+            outcome = self.fake.step(batch, lambda one, turn=turn: self._fit(one, turn, share))
             self._last = {"fake/loss": outcome.loss, "fake/grad_norm": outcome.grad_norm}
 
     def figures(self) -> Mapping[str, float]:
@@ -96,7 +101,7 @@ class DistributionMatching:
         made = self._made(bundle, rows)
         t, eps = self._noise(bundle, rows)
         x_t = made.x + t[:, None, None] * (eps - made.x)
-        v_real = self.teachers.fields(bundle)(x_t, t, made.step)
+        v_real = self.teachers.fields(bundle, [made.step])(x_t, t, made.step)
         v_fake = field_of(self.policy, bundle, FAKE)(x_t, t)
         gradient = matching_gradient(made.x, x_t, v_fake, v_real, t)
         target, weight = matching_target(made.v, gradient, made.s)
@@ -109,14 +114,15 @@ class DistributionMatching:
             metrics={"dmd/gradient": size},
         )
 
-    def _flow_matching(self, bundle: Bundle, turn: int) -> tuple[Tensor, dict[str, float]]:
+    def _fit(self, bundle: Bundle, turn: int, share: float) -> tuple[Tensor, dict[str, float]]:
+        """The flow matching loss of a bundle that is a share of its step."""
         rows = noise.generator(_OWN, turn, *bundle.key)
         made = self._made(bundle, rows)
         t, eps = self._noise(bundle, rows)
         x_t = made.x + t[:, None, None] * (eps - made.x)
         with mixed_precision(self.policy, self.precision):
             v = velocity_of(self.policy, bundle, x_t, t, FAKE)
-        each = torch.full_like(t, bundle.weight / len(t))
+        each = torch.full_like(t, share * bundle.weight / len(t))
         return velocity_loss(v, eps - made.x, each), {}
 
     @torch.no_grad()

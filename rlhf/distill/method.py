@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf import noise
 from rlhf.distill.bundles import Bundle, field_of, velocity_of
+from rlhf.distill.grids import Grids
 from rlhf.distill.objectives import (
     average_velocity,
     by_prompt,
@@ -54,6 +55,11 @@ class Method(Protocol):
     """`companions` learn beside the student and are in its checkpoints."""
 
     companions: Mapping[str, Learner]
+
+    @property
+    def trajectories(self) -> Trajectories | None:
+        """Those that its targets are made from, if they are."""
+        ...
 
     def follow(self, batch: Sequence[Bundle]) -> None:
         """Whatever else is trained, before the student is asked about a batch."""
@@ -92,11 +98,11 @@ def student_loss(
 class Segments(Alone):
     """All segments of the teachers' trajectories of a bundle's seeds."""
 
-    def __init__(self, policy: PipelinePolicy, trajectories: Trajectories) -> None:
-        self.policy, self.trajectories = policy, trajectories
+    def __init__(self, trajectories: Trajectories) -> None:
+        self.trajectories = trajectories
 
     def targets(self, bundle: Bundle) -> Targets:
-        states = self.trajectories.of(self.policy, bundle)
+        states = self.trajectories.of(bundle)
         knots, prompts = self.trajectories.knots, len(bundle.prompts)
         s = levels_by_prompt(knots[:-1], bundle.rows, prompts)
         s_end = levels_by_prompt(knots[1:], bundle.rows, prompts)
@@ -108,25 +114,24 @@ class Segments(Alone):
 class Consistency(Alone):
     """One level in one segment for each row: the teachers' pictures of its seed, noised afresh."""
 
-    def __init__(
-        self, policy: PipelinePolicy, teachers: Teachers, trajectories: Trajectories
-    ) -> None:
-        self.policy, self.teachers, self.trajectories = policy, teachers, trajectories
+    def __init__(self, policy: PipelinePolicy, trajectories: Trajectories) -> None:
+        self.policy, self.trajectories = policy, trajectories
 
     @torch.no_grad()
     def targets(self, bundle: Bundle) -> Targets:
         """v* = (x - f) / (s - s_end) with f = x' - (s' - s_end) v_theta(x', s'), and x' at the next
         level s' of the teachers' grid, one guided step away.
         """
-        knots, grid = self.trajectories.knots, torch.tensor(self.trajectories.sigmas)
+        kept = self.trajectories
+        knots, grid = kept.knots, torch.tensor(kept.grids[bundle.size])
         rows = noise.generator(_LEVEL, *bundle.key)
         step = int(torch.randint(len(knots) - 1, (1,), generator=rows))
         inside = torch.nonzero((grid <= knots[step]) & (grid > knots[step + 1]))[:, 0]
         at = inside[torch.randint(len(inside), (bundle.rows,), generator=rows)]
         s, s_next, s_end = grid[at], grid[at + 1], torch.full((bundle.rows,), knots[step + 1])
-        x0, eps = self.trajectories.of(self.policy, bundle)[-1], bundle.drawn(self.policy, rows)
+        x0, eps = kept.of(bundle)[-1], bundle.drawn(self.policy, rows)
         x = x0 + s[:, None, None] * (eps - x0)
-        x_next = euler(x, self.teachers.fields(bundle)(x, s, step), s, s_next)
+        x_next = euler(x, kept.teachers.fields(bundle, [step])(x, s, step), s, s_next)
         own = field_of(self.policy, bundle, "train")(x_next, s_next)
         v = average_velocity(x, euler(x_next, own, s_next, s_end), s, s_end)
         return Targets(x_BNC=x, sigma_B=s, velocity_BNC=v, weight_B=torch.full_like(s, 1 / len(s)))
@@ -134,30 +139,33 @@ class Consistency(Alone):
 
 class OnPolicy(Alone):
     """Every state that the student visits on its way from fresh noise, without gradient through the
-    way. `weight_K`: of each step, 1 for the plain squared distance.
+    way. `grids`: the student's for every size of a picture, `weights`: of each of their steps, 1
+    for the plain squared distance.
     """
+
+    trajectories = None
 
     def __init__(
         self,
         policy: PipelinePolicy,
         teachers: Teachers,
-        sigmas: Sequence[float],
-        weight_K: Sequence[float],
+        grids: Grids,
+        weights: Grids,
     ) -> None:
         self.policy, self.teachers = policy, teachers
-        self.sigmas, self.weight_K = tuple(sigmas), tuple(weight_K)
+        self.grids, self.weights = dict(grids), dict(weights)
 
     @torch.no_grad()
     def targets(self, bundle: Bundle) -> Targets:
-        steps, prompts = len(self.sigmas) - 1, len(bundle.prompts)
+        sigmas, prompts = self.grids[bundle.size], len(bundle.prompts)
         x = bundle.drawn(self.policy, noise.generator(_NOISE, *bundle.key))
-        states = student_states(self.policy, bundle, self.sigmas, x, steps - 1)
-        speak = self.teachers.fields(bundle)
-        said = [speak(x, s, k) for k, (x, s) in enumerate(zip(states, self.sigmas, strict=False))]
-        weight = levels_by_prompt(self.weight_K, bundle.rows, prompts)
+        states = student_states(self.policy, bundle, sigmas, x, len(sigmas) - 2)
+        speak = self.teachers.fields(bundle, range(len(states)))
+        said = [speak(x, s, k) for k, (x, s) in enumerate(zip(states, sigmas, strict=False))]
+        weight = levels_by_prompt(self.weights[bundle.size], bundle.rows, prompts)
         return Targets(
             x_BNC=by_prompt(torch.stack(states), prompts),
-            sigma_B=levels_by_prompt(self.sigmas[:-1], bundle.rows, prompts),
+            sigma_B=levels_by_prompt(sigmas[:-1], bundle.rows, prompts),
             velocity_BNC=by_prompt(torch.stack(said), prompts),
             weight_B=weight / len(weight),
         )

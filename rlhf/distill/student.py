@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from rewards import images
 from rlhf import checkpoint
+from rlhf import config as config_module
 from rlhf.assets import resolve
 from rlhf.distill.bundles import Bundle, Bundles, split_bundles
+from rlhf.distill.grids import Grids
 from rlhf.distill.method import Method, student_loss
 from rlhf.distill.trajectories import Trajectories, student_states
+from rlhf.distributed import ALONE, Ranks
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_directory
 from rlhf.flow import mixed_precision
 from rlhf.learner import Learner, LearnerConfig
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.open import Opening, open_policy
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import Run
 from rlhf.training import Average, Pace, train
+
+ACROSS = 16  # pictures in a row of a sheet
 
 
 def distil(
@@ -36,11 +43,12 @@ def distil(
     pace: Pace,
     learning: LearnerConfig,
     precision: str = "float32",
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train the slot `train`, from the run's last checkpoint on; its average, if there is one, is
-    in place afterwards. Raises what `rlhf.training.train` raises.
+    in place on the first rank afterwards. Raises what `rlhf.training.train` raises.
     """
-    learner = Learner(policy.slots.parameters, learning)
+    learner = Learner(policy.slots.parameters, learning, ranks)
 
     def batch_of(step: int) -> tuple[Bundle, ...]:
         batch = bundles.at(step)
@@ -71,7 +79,7 @@ def distil(
         figures=method.figures,
         companions=method.companions,
     )
-    if average is not None:
+    if average is not None and ranks.is_first:
         average.copy_to(policy.slots.parameters)
 
 
@@ -82,18 +90,17 @@ class Shown:
         self,
         policy: PipelinePolicy,
         bundles: Bundles,
-        sigmas: Sequence[float],
+        grids: Grids,
         teacher: Trajectories,
     ) -> None:
-        self.policy, self.sigmas, self.teacher = policy, tuple(sigmas), teacher
+        self.policy, self.grids, self.teacher = policy, dict(grids), teacher
         steps = range(1, bundles.count + 1)
         self.bundles = [bundle for step in steps for bundle in bundles.at(step)]
 
     def _ends(self, bundle: Bundle, slot: str) -> tuple[Tensor, Tensor]:
         """Final latents (B, N, C) of teachers and student."""
-        states = self.teacher.of(self.policy, bundle)
-        steps = len(self.sigmas) - 1
-        mine = student_states(self.policy, bundle, self.sigmas, states[0], steps, slot)
+        states, sigmas = self.teacher.of(bundle), self.grids[bundle.size]
+        mine = student_states(self.policy, bundle, sigmas, states[0], len(sigmas) - 1, slot)
         return states[-1], mine[-1]
 
     def distance(self, slot: str = "train") -> float:
@@ -102,27 +109,55 @@ class Shown:
         return float(torch.cat(found).mean())
 
     def sheet(self, slot: str = "train") -> Any:
-        """The teachers' pictures of each bundle above the student's."""
+        """The teachers' pictures of each bundle above the student's; what is edited above both."""
         rows = []
         for bundle, ends in zip(self.bundles, self._each(slot), strict=True):
-            rows += [list(self.policy.decode(x, bundle.size).numpy()[:16]) for x in ends]
+            rows += _edited(bundle)
+            rows += [list(self.policy.decode(x, bundle.size).numpy()[:ACROSS]) for x in ends]
         return images.contact_sheet(rows)
 
     def _each(self, slot: str) -> list[tuple[Tensor, Tensor]]:
         return [self._ends(bundle, slot) for bundle in self.bundles]
 
 
-def start_from(policy: PipelinePolicy, run: str, slot: str) -> None:
-    """Put a slot of the newest checkpoint of a run in place of the student's weights.
+def _edited(bundle: Bundle) -> list[list[np.ndarray]]:
+    """Rows of the source pictures of a bundle, each above the pictures made of it."""
+    pairs = zip(bundle.prompts, bundle.seeds, strict=True)
+    columns = [prompt.sources for prompt, seeds in pairs for _ in seeds][:ACROSS]
+    return [[images.load_image(path) for path in row] for row in zip(*columns, strict=True)]
+
+
+def start_from(policy: PipelinePolicy, run: str, slot: str) -> bool:
+    """Begin with a slot of the newest checkpoint of a run. Weights laid out as the student's take
+    their place; others, such as full ones for a LoRA student, are merged and put under it. True if
+    what is frozen is then no longer the student's base.
 
     Raises:
-        ConfigError: no such slot. CheckpointError: no checkpoint, or of another base or rank.
+        ConfigError: no such slot. CheckpointError: no checkpoint, or of another architecture.
     """
     tensors = checkpoint.load(checkpoint.locate(Path(run))).tensors
     if f"slots/{slot}" not in tensors:
         there = [n.removeprefix("slots/") for n in tensors if n.startswith("slots/")]
         raise ConfigError(f"start_slot: expected one of {there} of {run}, got '{slot}'")
-    policy.slots.load("train", tensors[f"slots/{slot}"])
+    found, mine = tensors[f"slots/{slot}"], policy.slots.parameters
+    same = {n: t.shape for n, t in found.items()} == {n: p.shape for n, p in mine.items()}
+    if same and (policy.config.train == "full" or not _on_another_base(policy.config, run)):
+        policy.slots.load("train", found)
+        return False
+    opened = open_policy(Opening(model=run, slot=slot, device="cpu")).policy
+    policy.begin_with(opened.merged())
+    return policy.config.train == "lora"
+
+
+def _on_another_base(config: PolicyConfig, run: str) -> bool:
+    """Whether the LoRA of a run is for other weights than a student's, or scaled otherwise."""
+    data = config_module.read_yaml(Run.open(run).config_path)
+    pretrained = {"model": data.get("start") or "", "train": data.get("train", "full")}
+    section = data.get("policy") or data.get("student") or pretrained
+    theirs = config_module.build(PolicyConfig, section)
+    if (theirs.model, theirs.train, theirs.lora) != (config.model, config.train, config.lora):
+        return True
+    return "student" in data and bool(data.get("start")) and _on_another_base(config, data["start"])
 
 
 def give_grid(pipeline: Any, sigmas: Sequence[float]) -> None:
@@ -144,22 +179,13 @@ def give_grid(pipeline: Any, sigmas: Sequence[float]) -> None:
 
 
 def write_model(
-    policy: PipelinePolicy, folder: Path, sigmas: Sequence[float] | None, dtype: str
+    policy: PipelinePolicy, base: str, folder: Path, sigmas: Sequence[float] | None, dtype: str
 ) -> None:
-    """The student as a complete stock pipeline, LoRA merged into its weights; with `sigmas` one
-    that samples there. What an earlier end of the run left in `folder` is replaced.
+    """The student as the complete stock pipeline of its base, LoRA merged into its weights; with
+    `sigmas` one that samples there. What an earlier end of the run left in `folder` is replaced.
     """
-    kind = policy.PIPELINE
-    pipeline: Any = kind.from_pretrained(resolve(policy.config.model), dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as part:
-        policy.export(part, policy.slots.tensors("train"))
-        if policy.config.train == "lora":
-            pipeline.load_lora_weights(part)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
-        else:
-            network = type(policy.transformer)
-            pipeline.transformer = network.from_pretrained(part, dtype=torch.float32)
+    pipeline: Any = policy.PIPELINE.from_pretrained(resolve(base), dtype=torch.float32)
+    pipeline.transformer.load_state_dict(policy.merged())
     if sigmas is not None:
         give_grid(pipeline, sigmas)
     shutil.rmtree(folder, ignore_errors=True)

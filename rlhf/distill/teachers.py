@@ -1,8 +1,10 @@
-"""Frozen, guided teachers: which weights, how strongly guided, and who is listened to where."""
+"""Frozen, guided teachers: which weights, how strongly guided, who is listened to where, and who
+waits in main memory meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -57,10 +59,17 @@ class Teacher:
     config: TeacherConfig
     policy: PipelinePolicy
     slot: str
+    own: bool = False  # whether the policy is its own, not the student's
 
     def field(self, bundle: Bundle) -> Field:
         """(x, sigma) -> v_u + w (v_c - v_u), without gradient."""
         return field_of(self.policy, bundle, self.slot, self.config.guidance)
+
+    def place(self, present: bool) -> None:
+        """A policy of its own to its device, or else to main memory; on a CPU these are one."""
+        home = self.policy.device
+        if self.own and home.type != "cpu":
+            self.policy.pipeline.to(home if present else torch.device("cpu"))
 
     def checksum(self) -> str:
         """Of the weights it speaks with."""
@@ -71,11 +80,13 @@ class Teacher:
 
 class Teachers:
     """v = sum_m lambda_m v_m with sum_m lambda_m = 1 for every category and step of the student
-    (arXiv:2606.03746 for the steps). Who has no say is not asked.
+    (arXiv:2606.03746 for the steps). Who has no say in a bundle is not asked, and of those that
+    are policies of their own only who has one is on the device.
     """
 
     def __init__(self, every: Mapping[str, Teacher]) -> None:
         self.every = dict(every)
+        self.present: set[str] = set()
 
     def shares(self, category: str, step: int) -> dict[str, float]:
         """lambda of those that have a say. Raises ConfigError if nobody has."""
@@ -94,8 +105,20 @@ class Teachers:
             for step in range(steps):
                 self.shares(category, step)
 
-    def fields(self, bundle: Bundle) -> Spoken:
-        return Spoken(self, bundle)
+    def call(self, names: Iterable[str]) -> None:
+        """These teachers to the device; the others off it first, so that there is room."""
+        wanted = set(names)
+        for name in sorted(self.present - wanted):
+            self.every[name].place(False)
+        for name in sorted(wanted - self.present):
+            self.every[name].place(True)
+        self.present = wanted
+
+    def fields(self, bundle: Bundle, steps: Iterable[int]) -> Spoken:
+        """What they say about a bundle at some steps of the student; valid until the next call."""
+        shares = {step: self.shares(bundle.category, step) for step in steps}
+        self.call({name for share in shares.values() for name in share})
+        return Spoken(self, bundle, shares)
 
     def checksums(self) -> dict[str, str]:
         """Of the weights of each; equal before and after training."""
@@ -105,47 +128,59 @@ class Teachers:
 class Spoken:
     """What teachers say about one bundle; the prefixes of each are computed once."""
 
-    def __init__(self, teachers: Teachers, bundle: Bundle) -> None:
-        self.teachers, self.bundle = teachers, bundle
+    def __init__(
+        self, teachers: Teachers, bundle: Bundle, shares: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        self.teachers, self.bundle, self.shares = teachers, bundle, shares
         self._open: dict[str, Field] = {}
 
     def __call__(self, x: Tensor, sigma: float | Tensor, step: int) -> Tensor:
-        """The shared velocity at x, at a step of the student."""
+        """The shared velocity at x, at a step of the student. Raises KeyError for a step that was
+        not announced.
+        """
         total = torch.zeros_like(x)
-        for name, share in self.teachers.shares(self.bundle.category, step).items():
+        for name, share in self.shares[step].items():
             if name not in self._open:
                 self._open[name] = self.teachers.every[name].field(self.bundle)
             total += share * self._open[name](x, sigma)
         return total
 
 
-def open_teachers(student: PipelinePolicy, configs: Mapping[str, TeacherConfig]) -> Teachers:
+def open_teachers(
+    student: PipelinePolicy, configs: Mapping[str, TeacherConfig], apart: bool = False
+) -> Teachers:
     """Teachers by name. Those whose base and trained weights are laid out like the student's are
-    slots `teacher/<name>` of it and share all that is frozen; others are policies of their own.
+    slots `teacher/<name>` of it and share all that is frozen; others are policies of their own, and
+    so are all if the student is `apart`, its frozen weights no longer its base's.
 
     Raises:
         ConfigError: none, or what `open_policy` raises.
     """
     if not configs:
         raise ConfigError("teachers: expected at least one, got none: write teachers={base: {}}")
-    return Teachers({name: _open(student, name, one) for name, one in configs.items()})
+    made = {}
+    for name, one in configs.items():
+        made[name] = _open(student, name, one, apart)
+        made[name].place(False)  # the next one needs the room
+    return Teachers(made)
 
 
-def _open(student: PipelinePolicy, name: str, config: TeacherConfig) -> Teacher:
-    own = student.config
-    if config.model is None or config.model == own.model:
+def _open(student: PipelinePolicy, name: str, config: TeacherConfig, apart: bool) -> Teacher:
+    own, model = student.config, config.model or student.config.model
+    if model == own.model and not apart:
         return Teacher(config=config, policy=student, slot="reference")
     opening = Opening(
-        model=config.model,
+        model=model,
         checkpoint=config.checkpoint,
         slot=config.slot,
         device=own.device,
         dtype=own.dtype,
     )
     opened = open_policy(opening).policy
-    if not _alike(own, opened.config):
+    if apart or not _alike(own, opened.config):
         opened.transformer.requires_grad_(False)
-        return Teacher(config=config, policy=opened, slot="train")
+        opened.slots.drop("reference")
+        return Teacher(config=config, policy=opened, slot="train", own=True)
     slot = f"teacher/{name}"
     student.slots.load(slot, opened.slots.tensors("train"))
     return Teacher(config=config, policy=student, slot=slot)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from rich.progress import Progress
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rlhf.checkpoint import sha256
+from rlhf.cluster.pool import Pool, Workers
 from rlhf.distill.bundles import Bundle, field_of
-from rlhf.distill.grids import step_at
+from rlhf.distill.grids import Grids, step_at
 from rlhf.distill.objectives import euler
-from rlhf.distill.teachers import Teachers
+from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
+from rlhf.distributed import ALONE, Ranks
 from rlhf.files import atomic_write_bytes
 from rlhf.policies.base import Policy
+from rlhf.policies.config import PolicyConfig
+from rlhf.policies.families import load_policy
+
+Order = tuple[str, Bundle]  # the name of a file, and what is sampled into it
+SLICE = 64  # bundles between which the ranks wait for the first
 
 
 @torch.no_grad()
@@ -43,7 +53,7 @@ def teacher_states(
     """States of the teachers' guided trajectory from x at every knot of the student's grid, (K + 1,
     B, N, C). `sigmas` is the teachers' grid and holds the knots.
     """
-    speak, kept = teachers.fields(bundle), [x]
+    speak, kept = teachers.fields(bundle, range(len(knots) - 1)), [x]
     for s, s_end in zip(sigmas, sigmas[1:], strict=False):
         v = speak(x, s, step_at(knots, s))
         level = torch.full((len(x),), s)
@@ -55,33 +65,106 @@ def teacher_states(
 
 class Trajectories:
     """The teachers' states at the knots for the seeds of a bundle, sampled when they are first
-    asked for and kept in files of a folder, so that a resumed run reads what it had.
+    asked for and kept in files of a folder, so that a resumed run reads what it had. `grids`: the
+    teachers', for every size of a picture.
     """
 
     def __init__(
-        self, teachers: Teachers, sigmas: Sequence[float], knots: Sequence[float], folder: Path
+        self,
+        policy: Policy,
+        teachers: Teachers,
+        grids: Grids,
+        knots: Sequence[float],
+        folder: Path,
     ) -> None:
-        self.teachers, self.folder = teachers, folder
-        self.sigmas, self.knots = tuple(sigmas), tuple(knots)
-        said = {name: repr(one.config) for name, one in teachers.every.items()}
-        self._made_by = [said, teachers.checksums(), self.sigmas, self.knots]
+        self.policy, self.teachers, self.folder = policy, teachers, folder
+        self.grids, self.knots = dict(grids), tuple(knots)
 
-    def of(self, policy: Policy, bundle: Bundle) -> Tensor:
+    def of(self, bundle: Bundle) -> Tensor:
         """(K + 1, B, N, C), the first the noise of the bundle's seeds."""
-        path = self.folder / f"{self._name(bundle)}.safetensors"
-        if path.is_file():
-            return load(path.read_bytes())["states"]
-        noises = bundle.noises(policy)
-        states = teacher_states(self.teachers, bundle, self.sigmas, self.knots, noises)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, save({"states": states.contiguous()}))
-        return states
+        name = self.name(bundle)
+        if not self._path(name).is_file():
+            self.make((name, bundle))
+        return load(self._path(name).read_bytes())["states"]
 
-    def _name(self, bundle: Bundle) -> str:
+    def make(self, order: Order) -> None:
+        """Sample a bundle into the file of that name."""
+        name, bundle = order
+        noises, sigmas = bundle.noises(self.policy), self.grids[bundle.size]
+        states = teacher_states(self.teachers, bundle, sigmas, self.knots, noises)
+        atomic_write_bytes(self._path(name), save({"states": states.contiguous()}))
+
+    def missing(self, bundles: Iterable[Bundle]) -> list[Order]:
+        """Those without a file, each once."""
+        named = {self.name(bundle): bundle for bundle in bundles}
+        return [(n, bundle) for n, bundle in named.items() if not self._path(n).is_file()]
+
+    def name(self, bundle: Bundle) -> str:
+        """Of what is sampled and who samples it."""
+        seen = {path: sha256(Path(path)) for p in bundle.prompts for path in p.sources}
         asked: Mapping[str, object] = {
-            "made_by": self._made_by,
-            "prompts": [[p.id, p.text, p.negative, p.sources] for p in bundle.prompts],
+            "made_by": [*self._made_by, self.grids[bundle.size], self.knots],
+            "prompts": [
+                [p.id, p.text, p.negative, [seen[path] for path in p.sources]]
+                for p in bundle.prompts
+            ],
             "seeds": bundle.seeds,
             "size": bundle.size,
         }
         return hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
+
+    @cached_property
+    def _made_by(self) -> list[object]:
+        said = {name: repr(one.config) for name, one in self.teachers.every.items()}
+        return [said, self.teachers.checksums()]
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def open_trajectories(
+    student: PolicyConfig,
+    teachers: Mapping[str, TeacherConfig],
+    grids: Grids,
+    knots: Sequence[float],
+    folder: Path,
+) -> Trajectories:
+    """Those of a worker process, teachers of its own. Raises what `open_teachers` raises."""
+    policy = load_policy(student)
+    return Trajectories(policy, open_teachers(policy, teachers), grids, knots, folder)
+
+
+def make_ahead(
+    kept: Trajectories,
+    bundles: Iterable[Bundle],
+    build: Callable[[], Trajectories],
+    workers: int,
+    threads: int,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Sample what bundles miss in several processes of `rlhf.cluster.pool`, which `build` theirs
+    over the folder of `kept`; the first rank asks them, the others wait. Files are those that one
+    process writes. Raises what `build` raises, and ClusterError for a lost worker.
+    """
+    orders: list[Order] = []
+    opened: list[Workers] = []
+
+    def begin() -> None:
+        orders.extend(kept.missing(bundles))
+        if orders:
+            opened.append(Pool(build, workers, threads))
+
+    def work(first: int) -> None:
+        for _ in opened[0].map("make", orders[first : first + SLICE]):
+            bar.advance(task)
+
+    try:
+        ranks.on_first(begin)
+        total = ranks.gather(len(orders))[0]
+        with Progress(transient=True, disable=not ranks.is_first) as bar:
+            task = bar.add_task("trajectories of the teacher", total=total)
+            for first in range(0, total, SLICE):  # a wait for the first rank has an end
+                ranks.on_first(partial(work, first))
+    finally:
+        for pool in opened:
+            pool.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from rlhf.policies.config import PolicyConfig
 from rlhf.policies.pipeline import Parts, PipelinePolicy
 from rlhf.policies.qwen_image21 import QwenImage21Policy
 from rlhf.policies.sd3 import StableDiffusion3Policy
+from rlhf.prompts import source_sizes
+from rlhf.types import Prompt
 
 FAMILIES: Mapping[str, type[PipelinePolicy]] = {
     kind.PIPELINE.__name__: kind for kind in (QwenImage21Policy, StableDiffusion3Policy)
@@ -87,6 +89,30 @@ def describe(model: str) -> Description:
         parts[name] = found
     own = index.get("sample_sigmas") is not None
     return Description(family=family, parts=parts, own_grid=own)
+
+
+def check_pictures(
+    base: Description, prompts: Sequence[Prompt], usual: tuple[int, int], where: str
+) -> list[tuple[int, int]]:
+    """Sizes (height, width) of the pictures of prompts; `usual`, that of `where`, first.
+
+    Raises:
+        ConfigError: a size, of a picture or of what it edits, that the model cannot take; edits for
+            a model that makes pictures from text alone.
+    """
+    edit = next((p for p in prompts if p.sources), None)
+    if edit is not None and not base.family.EDITS:
+        raise ConfigError(
+            f"{edit.id}: expected a prompt without source pictures for a"
+            f" {base.family.PIPELINE.__name__}, got an edit: use a Qwen-Image-2.1 base"
+        )
+    sizes = {usual: where} | {p.size: f"size of {p.id}" for p in prompts[::-1] if p.size}
+    for size, named in (sizes | source_sizes(prompts)).items():
+        try:
+            base.family.tokens(size, base.parts)
+        except ConfigError as error:
+            raise ConfigError(f"{named}: {error}") from None
+    return list(sizes)
 
 
 def load_policy(config: PolicyConfig) -> PipelinePolicy:

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError
+from rlhf.errors import CheckpointError, ConfigError
 from rlhf.policies.base import Condition, Policy
 from rlhf.policies.config import PolicyConfig
 from rlhf.policies.slots import Slots
@@ -143,6 +143,42 @@ class PipelinePolicy(Policy):
     def forget(self) -> None:
         """Drop the cached conditions."""
         self._conditions.clear()
+
+    def merged(self, slot: str = "train") -> dict[str, Tensor]:
+        """The weights of a slot as the stock transformer names them, LoRA in its place: W + B A
+        alpha / rank (arXiv:2106.09685).
+        """
+        held = {**self.transformer.state_dict(), **self.slots.tensors(slot)}
+        scale, made = self.config.lora.alpha / self.config.lora.rank, {}
+        for name, tensor in held.items():
+            if ".lora_" not in name:
+                linear = name.removesuffix(".base_layer.weight")
+                low = [held.get(f"{linear}.lora_{part}.default.weight") for part in "BA"]
+                if low[0] is not None and low[1] is not None:
+                    tensor = tensor + scale * (low[0] @ low[1]).to(tensor.dtype)
+                made[name.replace(".base_layer", "")] = tensor.detach()
+        return made
+
+    @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Put what another policy `merged` in place of the weights, under LoRA if there is some.
+        Raises CheckpointError for those of another architecture.
+        """
+        mine = {
+            name.replace(".base_layer", ""): tensor
+            for name, tensor in self.transformer.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name in sorted(mine.keys() | weights.keys()):
+            own, other = (
+                t.shape if t is not None else None for t in (mine.get(name), weights.get(name))
+            )
+            if own != other:
+                raise CheckpointError(
+                    f"expected weights of {self.config.model}'s architecture, got {name} of"
+                    f" {other} instead of {own}: name a run of the same base"
+                )
+            mine[name].copy_(weights[name])
 
     def export(self, folder: str, tensors: Mapping[str, Tensor]) -> None:
         """LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`; full weights as a

@@ -13,8 +13,10 @@ from rlhf import checkpoint, config
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.heldout import strict_ratio
 from rlhf.policies.open import Opening, open_policy
+from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from tests.pipelines.conftest import make_run
+from tests.rlhf.tiny import arguments as align_arguments
 from tests.rlhf.tiny import close_pictures, drawn, prompt_file, same, stock_pipeline
 
 TEXT = "a red circle number 1"
@@ -92,6 +94,38 @@ def test_a_run_that_is_stopped_continues_bit_for_bit(tiny_base, tmp_path, method
         assert same(dict(tensors), dict(two.tensors[part])), part
 
 
+def test_a_full_student_of_a_lora_teacher_is_aligned_further(tiny_base, tmp_path):
+    """From a LoRA run, beside a teacher that is a full one; then `rlhf align` with a ratio loss."""
+    lora = make_run(tiny_base, tmp_path, "lora")
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    teachers = f"teachers={{signs: {{model: {lora.root}}}, all: {{model: {full.root}}}}}"
+    more = ["student.train=full", f"start={lora.root}", teachers, "learner.lr=1e-3", "grid=even-2"]
+    assert distill.fewstep(few(tiny_base, tmp_path, *more))["teachers_unchanged"]
+    model = tmp_path / "runs" / "tiny" / "model"
+    ratio = ["loss.name=grpo", "rollout.kernel=flow-sde", "rollout.window=[0,1]"]
+    once = ["iterations=1", "loss.updates_per_rollout=1"]
+    short = [*once, "rollout.steps=2", "rollout.guidance=1", "name=aligned"]
+    assert main(align_arguments(model, tmp_path, *ratio, *short)) == 0
+    (row,) = Run.open(tmp_path / "runs" / "aligned").rows()
+    assert row["grad_norm"] > 0
+
+
+def test_a_run_from_full_weights_under_a_lora_continues_bit_for_bit(tiny_base, tmp_path):
+    """What is frozen under the LoRA is the start's: read again when the run is."""
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    more = [f"start={full.root}", "steps=2"]
+    runs = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        steps = ["pace.steps=2"] if name == "parts" else []
+        made = arguments(tiny_base, tmp_path / name, *more, *steps)
+        distill.opd(config.load(OpdConfig, None, made, "distill"))
+        runs.append(tmp_path / name / "runs" / "tiny")
+    assert main(["distill", "opd", "--resume", str(runs[1]), "pace.steps=4"]) == 0
+    one, two = (stock_pipeline(run / "model").transformer.state_dict() for run in runs)
+    assert same(one, two)
+
+
 def test_opd_learns_from_two_teachers_and_keeps_the_usual_grid(tiny_base, tmp_path):
     special = make_run(tiny_base, tmp_path, "special")
     result = distill.opd(
@@ -113,6 +147,66 @@ def test_opd_learns_from_two_teachers_and_keeps_the_usual_grid(tiny_base, tmp_pa
     stock = stock_pipeline(tmp_path / "runs" / "tiny" / "model")
     assert stock.config["sample_sigmas"] is None
     assert stock.scheduler.config == stock_pipeline(tiny_base).scheduler.config
+
+
+@pytest.mark.parametrize("program", ["fewstep", "opd"])
+def test_prompts_and_edits_of_several_sizes_are_learnt_in_one_run(tiny_base, tmp_path, program):
+    pictures = tmp_path / "pictures"
+    mixture = (
+        "{scenes/text/1@train: {count: 3}, scenes/edits@train: {count: 3},"
+        " scenes/objects/1@train: {count: 2, sizes: [[64, 96]]}}"
+    )
+    kind, more = (FewstepConfig, "grid=even-2") if program == "fewstep" else (OpdConfig, "steps=2")
+    made = arguments(
+        tiny_base,
+        tmp_path,
+        f"prompts={{sources: {mixture}, pictures: {pictures}}}",
+        f"shown={{source: scenes/edits@heldout, count: 2, pictures: {pictures}}}",
+        "pace.micro_batches=2",
+        "pace.steps=3",
+        more,
+    )
+    result = getattr(distill, program)(config.load(kind, None, made, "distill"))
+    run = tmp_path / "runs" / "tiny"
+    assert result["teachers_unchanged"] and (run / "samples" / "step_000003.png").is_file()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_step_of_several_bundles_has_the_mean_of_their_losses(tiny_base, tmp_path):
+    """Both bundles are full, so each has half a say, in what is logged as in what is learnt."""
+    more = ["noises=1", "pace.steps=1", "grid=even-2"]
+    losses = []
+    for parts, per in ((1, 4), (2, 2)):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        split = [f"pace.micro_batches={parts}", f"per={per}", "prompts.count=4"]
+        distill.fewstep(few(tiny_base, folder, *more, *split))
+        rows = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(rows[0])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.ray
+def test_two_workers_make_the_trajectories_of_one(tiny_base, tmp_path, ray_head):
+    """Bit for bit, by two teachers of which one is a policy of its own, and for a student on other
+    weights; all of them before the first step.
+    """
+    full = make_run(tiny_base, tmp_path, "full", train="full")
+    teachers = f"teachers={{base: {{}}, all: {{model: {full.root}, by_step: [0, 1]}}}}"
+    prompts = prompt_file(tmp_path)
+    more = [teachers, "grid=even-2", "noises=2", "pace.steps=4", f"start={full.root}"]
+    more += [f"prompts.source={prompts}", f"shown.source={prompts}"]
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        distill.fewstep(few(tiny_base, folder, *more, f"workers={workers}"))
+        run = folder / "runs" / "tiny"
+        files = {p.name: p.read_bytes() for p in (run / "trajectories").iterdir()}
+        found.append((files, checkpoint.load(checkpoint.latest(run)).tensors["slots/train"]))
+    assert found[0][0] == found[1][0] and len(found[0][0]) > 3
+    assert same(dict(found[0][1]), dict(found[1][1]))
 
 
 def test_a_student_is_measured_beside_its_teacher(tiny_base, tmp_path):
@@ -154,6 +248,7 @@ def test_a_teacher_beside_itself_has_ratio_one():
         (["grid=[1,0.5,0.7]"], "strictly decreasing"),
         (["noises=0"], "write noises=2"),
         (["teachers={}"], "expected at least one"),
+        (["workers=0"], "workers: expected at least 1, got 0"),
         (["teachers.base.guidance=0.5"], "expected 1 .unguided. or more"),
         (["teachers.base.categories={objects: 1}"], "a say on prompts of 'general'"),
         (["teachers.base.by_step=[0]"], "a say on prompts of 'general'"),
@@ -162,6 +257,7 @@ def test_a_teacher_beside_itself_has_ratio_one():
         (["student.model=nowhere"], "expected a directory with model_index.json"),
         (["start=nowhere"], "expected a complete checkpoint"),
         (["learner.total_steps=2"], "at least pace.steps"),
+        (["prompts.sizes=[[64,50]]"], "size of .*prompts.jsonl#0: .*multiples of 32"),
     ],
     ids=str,
 )

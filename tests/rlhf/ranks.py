@@ -209,20 +209,38 @@ def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 
 def _enter(rank: int, world: int, port: int, work: Callable[..., None], args: tuple) -> None:
-    for name, value in zip(
-        ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-        (rank, rank, world, "127.0.0.1", port),
-        strict=True,
-    ):
-        os.environ[name] = str(value)
-    torch.set_num_threads(1)
+    _place(rank, world, port)
     with session(seconds=60) as ranks:
         work(ranks, *args)
 
 
+def _place(rank: int, world: int, port: int) -> None:
+    """Say where the ranks meet, as torchrun does."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, world, "127.0.0.1", port)
+    os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+    torch.set_num_threads(1)
+
+
 def launch(work: Callable[..., None], *args: Any, world: int = 2) -> None:
     """Run `work(ranks, *args)` in `world` processes that form a gloo group; errors come back."""
+    mp.spawn(_enter, (world, _free_port(), work, args), nprocs=world)
+
+
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(_enter, (world, port, work, args), nprocs=world)
+        return listener.getsockname()[1]
+
+
+def _programs(rank: int, world: int, ports: list[int], calls: list[Callable[[], object]]) -> None:
+    for port, call in zip(ports, calls, strict=True):
+        _place(rank, world, port)
+        call()
+
+
+def launch_programs(calls: list[Callable[[], object]], world: int = 2) -> None:
+    """Run programs, which look for other ranks themselves, one after the other in `world`
+    processes; errors come back.
+    """
+    mp.spawn(_programs, (world, [_free_port() for _ in calls], calls), nprocs=world)

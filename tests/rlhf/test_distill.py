@@ -10,7 +10,7 @@ from rlhf.distill.matching import FAKE, DistributionMatching, MatchingConfig
 from rlhf.distill.method import Consistency, OnPolicy, Segments, student_loss
 from rlhf.distill.objectives import euler
 from rlhf.distill.student import give_grid
-from rlhf.distill.teachers import TeacherConfig, open_teachers
+from rlhf.distill.teachers import Teacher, TeacherConfig, Teachers, open_teachers
 from rlhf.distill.trajectories import Trajectories, student_states
 from rlhf.errors import ConfigError
 from rlhf.learner import LearnerConfig
@@ -52,7 +52,7 @@ def teachers(policy, **configs):
 
 def trajectories(policy, folder, steps=6, **configs):
     sigmas = through(policy.sigmas(steps, SIZE), KNOTS)
-    return Trajectories(teachers(policy, **configs), sigmas, KNOTS, folder)
+    return Trajectories(policy, teachers(policy, **configs), {SIZE: sigmas}, KNOTS, folder)
 
 
 # --- bundles --------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_every_prompt_comes_once_an_epoch_and_every_row_counts_alike(policy):
     for epoch in (flat[: made.count], flat[made.count :]):
         assert len([p for b in epoch for p in b.prompts]) == 8
     assert all(len({p.category for p in b.prompts}) == 1 for b in flat)
-    assert all(b.weight == pytest.approx(b.rows / 8) for b in flat)
+    assert all(b.weight == pytest.approx(b.rows / 4) for b in flat)
     assert len({b.key for b in flat}) == len(flat)
     assert all(len(condition_of(policy, b).embeds_PLD) == len(b.prompts) for b in flat)
 
@@ -87,7 +87,7 @@ def test_seeds_come_again_after_as_many_epochs_as_stated(policy, noises, again):
 
 def test_a_teacher_is_guided(policy, bundle):
     x, sigma = bundle.noises(policy), torch.linspace(0.2, 0.9, bundle.rows)
-    v = teachers(policy).fields(bundle)(x, sigma, 0)
+    v = teachers(policy).fields(bundle, [0])(x, sigma, 0)
     with torch.no_grad():
         v_c, v_u = (
             policy.velocity(x, sigma, c, size=SIZE, slot="reference")
@@ -114,7 +114,7 @@ def test_teachers_share_what_they_say_by_category_and_step(tiny_base, policy, bu
     )
     x = bundle.noises(policy)
     base, special = (one.field(bundle)(x, 0.5) for one in made.every.values())
-    said = made.fields(bundle)(x, 0.5, 1)
+    said = made.fields(bundle, [1])(x, 0.5, 1)
     torch.testing.assert_close(said, 0.25 * base + 0.75 * special)
     assert (base - special).abs().max() > 1e-3
     with pytest.raises(ConfigError, match="a say on prompts of 'text' at step 1"):
@@ -129,14 +129,71 @@ def test_a_teacher_that_is_no_slot_of_the_student_is_a_policy_of_its_own(tiny_ba
     assert not any(p.requires_grad for p in made.every["full"].policy.transformer.parameters())
 
 
+@pytest.fixture
+def moved(tiny_base, policy, monkeypatch):
+    """Two teachers with policies of their own, whose device is an accelerator that is only written
+    down, beside one that is a slot of the student; and the moves that were asked for.
+    """
+    said = {
+        "base": TeacherConfig(),
+        "signs": TeacherConfig(categories={"text": 1.0}),
+        "early": TeacherConfig(by_step=(1.0, 0.0)),
+    }
+    moves: list[tuple[str, str]] = []
+
+    def watch(name, made):
+        note = lambda place: moves.append((name, torch.device(place).type))  # noqa: E731
+        monkeypatch.setattr(made.pipeline, "to", note, raising=False)
+        monkeypatch.setattr(made, "device", torch.device("cuda"))
+        return made
+
+    every = {"base": Teacher(config=said["base"], policy=policy, slot="reference")}
+    for name in ("signs", "early"):
+        own = watch(name, make_policy(tiny_base, train="none"))
+        every[name] = Teacher(config=said[name], policy=own, slot="train", own=True)
+    return Teachers(every), moves
+
+
+def test_teachers_that_are_silent_leave_the_device_before_others_come(policy, moved):
+    made, moves = moved
+    shapes, signs = (bundles(policy, prompts(c)).at(1)[0] for c in ("objects", "text"))
+    for bundle, steps, wanted in [
+        (shapes, [0], [("early", "cuda")]),
+        (shapes, [0, 1], []),
+        (shapes, [1], [("early", "cpu")]),
+        (signs, [0], [("early", "cuda"), ("signs", "cuda")]),
+        (signs, [1], [("early", "cpu")]),
+        (shapes, [0], [("signs", "cpu"), ("early", "cuda")]),
+    ]:
+        made.fields(bundle, steps)
+        assert moves == wanted
+        moves.clear()
+
+
+def test_teachers_are_opened_one_by_one_and_stay_where_they_are_on_a_cpu(
+    tiny_base, bundle, tmp_path, monkeypatch
+):
+    student, asked = make_policy(tiny_base), []
+    run = make_run(tiny_base, tmp_path, "full", train="full")
+    place = Teacher.place
+    monkeypatch.setattr(Teacher, "place", lambda self, on: asked.append(on) or place(self, on))
+    made = teachers(student, one=TeacherConfig(model=str(run.root)), base=TeacherConfig())
+    assert asked == [False, False] and made.every["one"].own and not made.every["base"].own
+    to = lambda *_: pytest.fail("nothing moves on a CPU")  # noqa: E731
+    monkeypatch.setattr(made.every["one"].policy.pipeline, "to", to, raising=False)
+    assert made.fields(bundle, [0])(bundle.noises(student), 0.5, 0).isfinite().all()
+    made.call(())
+    assert asked == [False, False, True, True, False, False]
+
+
 # --- methods --------------------------------------------------------------------------------------
 
 
 def test_steps_with_the_segments_targets_follow_the_guided_teacher(policy, tmp_path):
     made = trajectories(policy, tmp_path)
     one = bundles(policy, per=1).at(1)[0]
-    asked = Segments(policy, made).targets(one)
-    states = made.of(policy, one)
+    asked = Segments(made).targets(one)
+    states = made.of(one)
     x = one.noises(policy)
     for k in range(2):
         rows = asked.sigma_B == KNOTS[k]
@@ -150,31 +207,33 @@ def test_steps_with_the_segments_targets_follow_the_guided_teacher(policy, tmp_p
     assert gap < 0.05  # a grid that passes through the knots is hardly another one
     (kept,) = tmp_path.iterdir()
     written = kept.stat().st_mtime_ns
-    assert made.of(policy, one).equal(states) and kept.stat().st_mtime_ns == written
+    assert made.of(one).equal(states) and kept.stat().st_mtime_ns == written
 
 
 def test_a_segment_of_one_teacher_step_is_that_step_for_consistency_too(policy, tmp_path):
     """At the last level before the end of a segment v* is the teacher's own velocity."""
     sigmas = (1.0, 0.5, 0.0)
-    made = Trajectories(teachers(policy), sigmas, KNOTS, tmp_path)
+    made = Trajectories(policy, teachers(policy), {SIZE: sigmas}, KNOTS, tmp_path)
     one = bundles(policy).at(1)[0]
-    asked = Consistency(policy, made.teachers, made).targets(one)
+    asked = Consistency(policy, made).targets(one)
     step = KNOTS.index(float(asked.sigma_B[0]))
-    said = made.teachers.fields(one)(asked.x_BNC, asked.sigma_B, step)
+    said = made.teachers.fields(one, [step])(asked.x_BNC, asked.sigma_B, step)
     torch.testing.assert_close(asked.velocity_BNC, said, atol=1e-5, rtol=1e-4)
 
 
 def test_consistency_leads_where_the_teacher_and_then_the_student_lead(policy, tmp_path):
     made = trajectories(policy, tmp_path)
-    grid = torch.tensor(made.sigmas)
+    grid = torch.tensor(made.grids[SIZE])
     for bundle in (b for step in range(1, 4) for b in bundles(policy).at(step)):
-        asked = Consistency(policy, made.teachers, made).targets(bundle)
+        asked = Consistency(policy, made).targets(bundle)
         s = asked.sigma_B
         step = sum(float(s[0]) <= knot for knot in KNOTS[1:-1])
         s_end = torch.full_like(s, KNOTS[step + 1])
         at = (grid[None] == s[:, None]).nonzero()[:, 1]
         s_next = grid[at + 1]
-        x_next = euler(asked.x_BNC, made.teachers.fields(bundle)(asked.x_BNC, s, step), s, s_next)
+        x_next = euler(
+            asked.x_BNC, made.teachers.fields(bundle, [step])(asked.x_BNC, s, step), s, s_next
+        )
         own = field_of(policy, bundle, "train")(x_next, s_next)
         end = euler(x_next, own, s_next, s_end)
         mine = euler(asked.x_BNC, asked.velocity_BNC, s, s_end)
@@ -184,10 +243,11 @@ def test_consistency_leads_where_the_teacher_and_then_the_student_lead(policy, t
 def test_opd_asks_the_guided_teacher_at_every_state_of_the_student(policy):
     one = bundles(policy, per=1).at(1)[0]
     sigmas = policy.sigmas(3, SIZE)
-    asked = OnPolicy(policy, teachers(policy), sigmas, [1.0, 2.0, 4.0]).targets(one)
+    method = OnPolicy(policy, teachers(policy), {SIZE: sigmas}, {SIZE: [1.0, 2.0, 4.0]})
+    asked = method.targets(one)
     x = asked.x_BNC[asked.sigma_B == 1.0]
     states = student_states(policy, one, sigmas, x, 2)
-    speak = teachers(policy).fields(one)
+    speak = teachers(policy).fields(one, range(3))
     for k, state in enumerate(states):
         rows = asked.sigma_B == torch.tensor(sigmas[k])
         torch.testing.assert_close(asked.x_BNC[rows], state)
@@ -248,10 +308,9 @@ def method_of(name, policy, folder):
     if name == "dmd":
         return DistributionMatching(policy, kept.teachers, KNOTS, MatchingConfig(ratio=1))
     if name == "opd":
-        return OnPolicy(policy, kept.teachers, policy.sigmas(3, SIZE), [1.0] * 3)
-    if name == "segments":
-        return Segments(policy, kept)
-    return Consistency(policy, kept.teachers, kept)
+        usual = {SIZE: policy.sigmas(3, SIZE)}
+        return OnPolicy(policy, kept.teachers, usual, {SIZE: [1.0] * 3})
+    return Segments(kept) if name == "segments" else Consistency(policy, kept)
 
 
 @pytest.mark.parametrize("name", ["segments", "consistency", "dmd", "opd"])
