@@ -168,14 +168,14 @@ def beside(stem: str, mine: Sequence[Seen], theirs: Sequence[Seen], suffix: str 
     """The figures of one side that compare it with another, over some tasks."""
     strict = heldout.ratio([s.strict_PG for s in mine], [s.strict_PG for s in theirs])
     several = [pair for pair in zip(mine, theirs, strict=True) if pair[0].strict_PG.shape[1] > 1]
-    apart_P1 = [[pair[k].apart_P[:, None] for pair in several] for k in range(2)]
-    spread = heldout.ratio(*apart_P1) if several else None
+    wide = [(own.apart_P[:, None], other.apart_P[:, None]) for own, other in several]
+    spread = heldout.ratio([own for own, _ in wide], [other for _, other in wide]) if wide else None
     out: Metrics = {}
     for name, found in (("strict_ratio", strict), ("diversity_ratio", spread)):
         out |= {} if found is None else {f"{stem}/{name}{suffix}": found}
     for judge in mine[0].said:
-        said = ([s.said[judge] for s in side] for side in (mine, theirs))
-        out |= preference(f"{stem}/preference/{judge}", *said, suffix)
+        one, other = ([s.said[judge] for s in side] for side in (mine, theirs))
+        out |= preference(f"{stem}/preference/{judge}", one, other, suffix)
     return out
 
 
