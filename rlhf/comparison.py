@@ -181,10 +181,10 @@ def beside(stem: str, mine: Sequence[Seen], theirs: Sequence[Seen], suffix: str 
 
 def gain(before: Sequence[Seen], after: Sequence[Seen]) -> dict[str, float | int]:
     """Share of strictly right pictures of two sides, paired by prompt and seed."""
-    strict = [[s.strict_PG for s in side] for side in (before, after)]
-    values = [heldout.flat(side) for side in strict]
-    found = bootstrap_gain(*values, heldout.prompts_of(strict[0]))
-    return gain_metric(float(values[0].mean()), float(values[1].mean()), found)
+    parts = [s.strict_PG for s in before]
+    one, other = heldout.flat(parts), heldout.flat([s.strict_PG for s in after])
+    found = bootstrap_gain(one, other, heldout.prompts_of(parts))
+    return gain_metric(float(one.mean()), float(other.mean()), found)
 
 
 def figures(stem: str, seen: Mapping[str, Sequence[Seen]]) -> Metrics:
