@@ -67,8 +67,10 @@ def compare(
 
 
 def spread(found: Sequence[Gain]) -> tuple[float, float, float]:
-    """Mean gain, and its range over seeds; the 95% interval over prompts of a single one."""
-    values = [metric["gain"] for metric in found]
+    """Mean gain, or value where there is none, and its range over seeds; the 95% interval over
+    prompts of a single one.
+    """
+    values = [metric["gain"] if "gain" in metric else metric["value"] for metric in found]
     if len(values) == 1:
         return values[0], found[0]["low"], found[0]["high"]
     return sum(values) / len(values), min(values), max(values)

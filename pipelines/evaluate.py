@@ -4,53 +4,56 @@ recon/...     what the autoencoder keeps of held-out pictures, read by the oracl
               beside that of a linear code of the same size
 heldout/...   pictures of held-out prompts: guided, `/w1` unguided, `/steps4` unguided in four steps
 chance/...    the same guided pictures read against other prompts
-fewstep/...   with `teacher`: `<steps>/<kind>/strict_ratio`, the share of strictly right pictures
-              (of the first of `settings`) over that of the teacher's guided ones of the same noise,
-              of all kinds `<steps>/strict_ratio`; forwards and seconds for a picture, the teacher's
-              over the model's. heldout/<kind>/strict/teacher is the teacher's own share
+fewstep/...   with `teacher`: the pictures of the first of `settings` beside the teacher's, and with
+              `baseline` beside the base's, of the same noise: how many are right, how far apart
+              those of a prompt are, which of them judges prefer, what they cost. The names are in
+              `rlhf.comparison`
 sweep/...     objects of the first of `levels` by guidance (of split heldout, so that no choice is
               made on align-heldout)
 axes/...      rank correlations of the oracle's axes on the guided pictures
 
 Every figure has a 95% interval over prompts. Written to <run>/evaluations/<id>.json, or to a folder
 for a model that is no run, with a sheet of pictures for each kind of prompt.
+
+A model that was distilled to noise levels of its own has that many steps and takes no guidance,
+unless it is told otherwise; another number of steps would be another model, and is refused.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
 from rewards.scenes import world
 from rewards.scenes.render import render_batch
 from rewards.scenes.specs import Edit
-from rlhf import heldout
+from rlhf import comparison, heldout
 from rlhf.cluster.base import threads
-from rlhf.cluster.pool import Here, Pool, Workers
+from rlhf.comparison import BASELINE, STUDENT, TEACHER, Eyes, Side
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_write_text, json_text
-from rlhf.gallery import Painter, assemble, make_painter
+from rlhf.gallery import Studio, usual_sampler
 from rlhf.heldout import Metrics, Task
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
-from rlhf.policies.base import Policy
-from rlhf.policies.open import Opened, Opening, open_policy
+from rlhf.policies.open import Opened, Opening, describe_opening, open_policy
 from rlhf.run import report
 from rlhf.sampling import Sampler
 
 Part = Literal["recon", "objects", "portraits", "text", "edits", "axes"]
-RECORDED = ("n", "per_prompt", "steps", "guidance", "objects_split", "size", "seed")
+RECORDED = ("n", "per_prompt", "objects_split", "size", "seed")
+BESIDE = ("teacher", "baseline", "features")
 SUFFIX = {"guided": "", "w1": "/w1", "steps4": "/steps4"}
+Setting = Literal["guided", "w1", "steps4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,13 @@ class Config:
 
     `n` pictures of each kind of prompt, `per_prompt` to a prompt (more where the split has fewer
     prompts). `objects_split` is the one alignment claims are made on; other kinds use heldout.
-    `teacher`: a model or run that the pictures are compared with.
+    None as steps: those of a model with noise levels of its own, else 40; as guidance: 1 for such a
+    model, else 2; as settings: guided for such a model, else all three.
+
+    `teacher` and `baseline`: models or runs that the pictures are compared with; the baseline has
+    the model's steps and no guidance. `judges`, named as those of `rlhf align`, choose between the
+    pictures; `features` is the encoder that says how far apart they are: scenes, or DINOv2 or CLIP
+    by path.
     """
 
     model: str = "scenes"
@@ -69,16 +78,19 @@ class Config:
     id: str | None = None  # name of the file; evaluate, with slot and checkpoint where given
     parts: tuple[Part, ...] = ("recon", "objects", "portraits", "text", "edits", "axes")
     levels: tuple[int, ...] = (2, 1, 3)  # of objects; a guidance is chosen on the first
-    settings: tuple[Literal["guided", "w1", "steps4"], ...] = ("guided", "w1", "steps4")
+    settings: tuple[Setting, ...] | None = None
     objects_split: Literal["heldout", "align-heldout"] = "align-heldout"
     n: int = 256
     per_prompt: int = 4
-    steps: int = 40
-    guidance: float = 2.0
+    steps: int | None = None
+    guidance: float | None = None
     guidances: tuple[float, ...] = ()
     teacher: str | None = None
-    teacher_steps: int = 40
-    teacher_guidance: float = 2.0
+    teacher_steps: int | None = None
+    teacher_guidance: float | None = None
+    baseline: str | None = None
+    judges: tuple[str, ...] = ()
+    features: str = "scenes"
     size: int = 64
     seed: int = 1000
     rows: int = 64  # pictures in one call
@@ -97,23 +109,18 @@ class Config:
             )
         if set(self.levels) - {1, 2, 3}:
             raise ConfigError(f"levels: expected some of 1, 2, 3, got {list(self.levels)}")
-        if not self.settings or not self.parts:
+        if self.settings == () or not self.parts:
             raise ConfigError("settings and parts: expected at least one of each, got none")
-
-    def sampler(self, setting: str = "guided", guidance: float | None = None) -> Sampler:
-        """How the pictures of a setting are made."""
-        guided = self.guidance if guidance is None else guidance
-        return Sampler(
-            steps=4 if setting == "steps4" else self.steps,
-            guidance=guided if setting == "guided" else 1.0,
-            height=self.size,
-            width=self.size,
-        )
-
-    def teacher_sampler(self) -> Sampler:
-        """How the pictures of the teacher are made."""
-        side, steps, guidance = self.size, self.teacher_steps, self.teacher_guidance
-        return Sampler(steps=steps, guidance=guidance, height=side, width=side)
+        if self.teacher is None and (self.baseline or self.judges):
+            raise ConfigError(
+                f"baseline and judges: expected a teacher to compare with, got none beside"
+                f" baseline={self.baseline} judges={list(self.judges)}: write teacher=scenes"
+            )
+        if self.teacher is not None and not set(self.parts) - {"recon", "axes"}:
+            raise ConfigError(
+                f"parts: expected a kind of prompt to compare with a teacher, got"
+                f" {list(self.parts)}: write parts=[objects]"
+            )
 
     def tasks(self) -> list[Task]:
         """Prompts and seeds of every kind that is asked for."""
@@ -136,6 +143,48 @@ class Config:
         level, count = self.levels[0], -(-self.n // self.per_prompt)
         specs = heldout.specs_of("objects", level, "heldout", count)
         return self._task(f"objects/level{level}", specs)
+
+
+# --- how pictures are made -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samplers:
+    """What is asked for, and where nothing was, what suits the models. `teacher` and `baseline` are
+    there where such models are.
+    """
+
+    settings: tuple[Setting, ...]
+    guided: Sampler
+    teacher: Sampler | None = None
+    baseline: Sampler | None = None
+
+    def of(self, setting: Setting) -> Sampler:
+        """How the pictures of a setting are made."""
+        steps = 4 if setting == "steps4" else self.guided.steps
+        return replace(
+            self.guided, steps=steps, guidance=self.guided.guidance if setting == "guided" else 1.0
+        )
+
+
+def samplers(config: Config) -> Samplers:
+    """Raises ConfigError for steps that a model does not have."""
+    own = describe_opening(Opening(model=config.model)).own_grid
+    chosen = config.settings or (("guided",) if own else ("guided", "w1", "steps4"))
+    size = config.size, config.size
+    guided = usual_sampler(config.model, size, config.steps, config.guidance)
+    if "steps4" in chosen:
+        usual_sampler(config.model, size, 4, 1.0, "steps4 of settings")
+    made = Samplers(settings=chosen, guided=guided)
+    if config.teacher is not None:
+        asked = config.teacher_steps, config.teacher_guidance
+        made = replace(made, teacher=usual_sampler(config.teacher, size, *asked, "teacher_steps"))
+    if config.baseline is not None:
+        asked = made.of(chosen[0]).steps, 1.0
+        made = replace(
+            made, baseline=usual_sampler(config.baseline, size, *asked, "steps of the baseline")
+        )
+    return made
 
 
 # --- reconstruction ------------------------------------------------------------------------------
@@ -170,38 +219,6 @@ def reconstruction(config: Config, opened: Opened, folder: Path) -> Metrics:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Studio:
-    """Where pictures are made, and who is told how far it is."""
-
-    painter: Painter  # of this process, plans the batches
-    workers: Workers
-    rows: int
-    console: Console
-
-    @staticmethod
-    def of(opening: Opening, policy: Policy, config: Config, console: Console) -> Studio:
-        """A studio of a policy that was opened here, in as many processes as asked for."""
-        painter = Painter(policy)
-        workers: Workers = Here(lambda: painter, config.threads)
-        if config.workers > 1:
-            workers = Pool(partial(make_painter, opening), config.workers, config.threads)
-        return Studio(painter=painter, workers=workers, rows=config.rows, console=console)
-
-    def pictures(self, task: Task, sampler: Sampler, label: str) -> np.ndarray:
-        """Pictures of a task, uint8 (P, G, 3, H, W)."""
-        batches = self.painter.batches(task.wanted, sampler, self.rows)
-        total = sum(len(w.seeds) for w in task.wanted)
-        quiet = not self.console.is_terminal
-        with Progress(console=self.console, transient=True, disable=quiet) as progress:
-            bar = progress.add_task(label, total=total)
-            found = []
-            for batch, painted in self.workers.map("paint", batches):
-                progress.update(bar, advance=painted.shape[0] * painted.shape[1])
-                found.append((batch, painted))
-        return assemble(iter(found), len(task.wanted))
-
-
 def sheet(task: Task, painted: np.ndarray, path: Path, prompts: int = 16, each: int = 4) -> None:
     """The first pictures of the first prompts, two prompts to a row; of edits the source first."""
     rows = []
@@ -211,19 +228,21 @@ def sheet(task: Task, painted: np.ndarray, path: Path, prompts: int = 16, each: 
     images.save_png(path, images.contact_sheet([p for row in rows for p in row], 2 * len(rows[0])))
 
 
-def generation(config: Config, studio: Studio, folder: Path) -> tuple[Metrics, Metrics]:
+def generation(
+    config: Config, how: Samplers, studio: Studio, folder: Path
+) -> tuple[Metrics, Metrics]:
     """Figures of all kinds and settings, and the correlations of the axes on what is guided."""
     out: Metrics = {}
     guided: list[tuple[Task, np.ndarray]] = []
     for task in config.tasks():
         line: list[str] = []
-        for setting in config.settings:
-            made = studio.pictures(task, config.sampler(setting), f"{task.name} {setting}")
+        for setting in how.settings:
+            made = studio.paint(task.wanted, how.of(setting), f"{task.name} {setting}").pixels
             found = heldout.figures(task, made, SUFFIX[setting])
             out |= found
             strict = found[f"heldout/{task.name}/strict{SUFFIX[setting]}"]["value"]
             line.append(f"{setting} {strict:.3f}")
-            if setting == config.settings[0]:
+            if setting == how.settings[0]:
                 out |= heldout.chance(task, made)
                 sheet(task, made, folder / f"{task.name.replace('/', '-')}.png")
                 guided.append((task, made))
@@ -231,43 +250,14 @@ def generation(config: Config, studio: Studio, folder: Path) -> tuple[Metrics, M
     return out, heldout.axes(guided) if guided and "axes" in config.parts else {}
 
 
-def comparison(config: Config, studio: Studio, teacher: Studio) -> Metrics:
-    """The model's pictures beside the teacher's, by kind and in all. See the module's docstring."""
-    samplers = config.sampler(config.settings[0]), config.teacher_sampler()
-    out: Metrics = {}
-    strict: list[tuple[np.ndarray, np.ndarray]] = []
-    seconds, name = [0.0, 0.0], f"fewstep/{samplers[0].steps}"
-    for task in config.tasks():
-        found = []
-        for i, (one, sampler) in enumerate(zip((studio, teacher), samplers, strict=True)):
-            began = time.monotonic()
-            made = one.pictures(task, sampler, f"{task.name} {('', 'teacher')[i]}")
-            seconds[i] += time.monotonic() - began
-            found.append(heldout.strict_of(task, made))
-        strict.append((found[0], found[1]))
-        out[f"heldout/{task.name}/strict/teacher"] = heldout.estimate(found[1])
-        out |= _named(
-            f"{name}/{task.name}/strict_ratio", heldout.strict_ratio(*([x] for x in found))
-        )
-    mine, theirs = zip(*strict, strict=True)
-    out |= _named(f"{name}/strict_ratio", heldout.strict_ratio(mine, theirs))
-    forwards = [sampler.forwards(1) for sampler in samplers]
-    out[f"{name}/forwards_ratio"] = {"value": forwards[1] / forwards[0]}
-    out[f"{name}/seconds_ratio"] = {"value": seconds[1] / seconds[0]}
-    return out
-
-
-def _named(name: str, metric: dict[str, float | int] | None) -> Metrics:
-    return {} if metric is None else {name: metric}
-
-
-def sweep(config: Config, studio: Studio) -> Metrics:
+def sweep(config: Config, how: Samplers, studio: Studio) -> Metrics:
     """Strict share by guidance, and the guidance it is highest at."""
     out: Metrics = {}
     task = config.sweep_task() if config.guidances else None
     for guidance in config.guidances:
         assert task is not None
-        made = studio.pictures(task, config.sampler("guided", guidance), f"guidance {guidance:g}")
+        sampler = replace(how.guided, guidance=guidance)
+        made = studio.paint(task.wanted, sampler, f"guidance {guidance:g}").pixels
         found = heldout.figures(task, made)[f"heldout/{task.name}/strict"]
         out[f"sweep/{task.name}/strict/guidance{guidance:g}"] = found
     if out:
@@ -283,32 +273,24 @@ def run(config: Config) -> dict[str, Any]:
     """Measure, write pictures and figures, return the figures. Raises what `open_policy` raises."""
     began = time.monotonic()
     torch.set_num_threads(config.threads)
-    console = Console(stderr=True)
-    opening = Opening(
-        model=config.model,
-        checkpoint=config.checkpoint,
-        slot=config.slot,
-        device=config.device,
-        dtype=config.dtype,
-    )
-    opened = open_policy(opening)
+    console, how = Console(stderr=True), samplers(config)
+    eyes = _eyes(config)
+    opened = open_policy(_opening(config))
     target = destination(config, opened)
     folder = target.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    studio = Studio.of(opening, opened.policy, config, console)
-    try:
-        with threads(config.threads):
-            metrics: Metrics = {}
-            if config.guidances:
-                metrics |= sweep(config, studio)
-            made, axes = generation(config, studio, folder)
-            if "recon" in config.parts:
-                metrics = reconstruction(config, opened, folder) | metrics
-            metrics |= made | axes
-            if config.teacher is not None:
-                metrics |= _beside_teacher(config, studio)
-    finally:
-        studio.workers.close()
+    with ExitStack() as stack, threads(config.threads):
+        studio = _studio(config, _opening(config), opened, console, stack)
+        metrics: Metrics = {}
+        if config.guidances:
+            metrics |= sweep(config, how, studio)
+        made, axes = generation(config, how, studio, folder)
+        if "recon" in config.parts:
+            metrics = reconstruction(config, opened, folder) | metrics
+        metrics |= made | axes
+        if eyes is not None:
+            sides = _sides(config, how, studio, stack)
+            metrics |= comparison.compare(config.tasks(), sides, eyes, folder)
     result = report(
         "evaluate",
         time.monotonic() - began,
@@ -316,7 +298,7 @@ def run(config: Config) -> dict[str, Any]:
         model=config.model,
         slot=opened.slot,
         step=opened.step,
-        settings={k: getattr(config, k) for k in RECORDED},
+        settings=_recorded(config, how),
         pictures=sorted(str(p) for p in folder.glob("*.png")),
     )
     atomic_write_text(target, json_text(result))
@@ -324,13 +306,56 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _beside_teacher(config: Config, studio: Studio) -> Metrics:
-    opening = Opening(model=str(config.teacher), device=config.device, dtype=config.dtype)
-    teacher = Studio.of(opening, open_policy(opening).policy, config, studio.console)
-    try:
-        return comparison(config, studio, teacher)
-    finally:
-        teacher.workers.close()
+def _opening(config: Config) -> Opening:
+    return Opening(
+        model=config.model,
+        checkpoint=config.checkpoint,
+        slot=config.slot,
+        device=config.device,
+        dtype=config.dtype,
+    )
+
+
+def _eyes(config: Config) -> Eyes | None:
+    if config.teacher is None:
+        return None
+    return Eyes.of(config.features, config.judges, config.device or "cpu", config.rows)
+
+
+def _studio(
+    config: Config, opening: Opening, opened: Opened, console: Console, stack: ExitStack
+) -> Studio:
+    """A studio that is closed with the stack."""
+    made = Studio.of(opening, opened.policy, console, config.rows, config.workers, config.threads)
+    stack.callback(made.workers.close)
+    return made
+
+
+def _sides(config: Config, how: Samplers, studio: Studio, stack: ExitStack) -> dict[str, Side]:
+    """The model, and those that it is compared with; one that is both is opened once."""
+    sides = {STUDENT: Side(studio=studio, sampler=how.of(how.settings[0]))}
+    opened: dict[str, Studio] = {}
+    for name, model, sampler in (
+        (TEACHER, config.teacher, how.teacher),
+        (BASELINE, config.baseline, how.baseline),
+    ):
+        if model is None or sampler is None:
+            continue
+        if model not in opened:
+            opening = Opening(model=model, device=config.device, dtype=config.dtype)
+            policy = open_policy(opening)
+            opened[model] = _studio(config, opening, policy, studio.console, stack)
+        sides[name] = Side(studio=opened[model], sampler=sampler)
+    return sides
+
+
+def _recorded(config: Config, how: Samplers) -> dict[str, Any]:
+    out = {name: getattr(config, name) for name in RECORDED}
+    out |= {"steps": how.guided.steps, "guidance": how.guided.guidance}
+    if how.teacher is not None:
+        out |= {name: getattr(config, name) for name in BESIDE} | {"judges": list(config.judges)}
+        out |= {"teacher_steps": how.teacher.steps, "teacher_guidance": how.teacher.guidance}
+    return out
 
 
 def destination(config: Config, opened: Opened) -> Path:
@@ -345,16 +370,17 @@ def destination(config: Config, opened: Opened) -> Path:
 
 def plan(config: Config) -> str:
     """How many pictures and forwards, for --dry-run."""
-    tasks = config.tasks()
+    tasks, how = config.tasks(), samplers(config)
     total = sum(len(w.seeds) for t in tasks for w in t.wanted)
-    rows = {s: config.sampler(s) for s in config.settings}
-    each = sum(s.steps * (2 if s.guidance > 1 else 1) for s in rows.values())
-    if config.teacher is not None:
-        each += next(iter(rows.values())).forwards(1) + config.teacher_sampler().forwards(1)
-    swept = len(config.guidances) * config.n * config.steps * 2
+    painted = [how.of(setting) for setting in how.settings]
+    if how.teacher is not None:
+        beside = (how.of(how.settings[0]), how.teacher, how.baseline)
+        painted += [sampler for sampler in beside if sampler is not None]
+    each = sum(sampler.forwards(1) for sampler in painted)
+    swept = len(config.guidances) * config.n * how.guided.steps * 2
     return "\n".join(
         [
-            f"{len(tasks)} kinds of prompt, {total} pictures in each of {', '.join(rows)}",
+            f"{len(tasks)} kinds of prompt, {total} pictures in each of {', '.join(how.settings)}",
             f"{total * each + swept} forwards (rows), {config.workers} process(es)",
         ]
     )

@@ -77,7 +77,11 @@ PROGRAMS = (
     Program(
         "evaluate",
         "measure a model or run on held-out prompts",
-        ("rlhf evaluate runs/scenes", "rlhf evaluate runs/scenes --json"),
+        (
+            "rlhf evaluate runs/scenes",
+            "rlhf evaluate runs/scenes --json",
+            "rlhf evaluate runs/fewstep teacher=scenes baseline=scenes judges='[scenes/fidelity]'",
+        ),
         positional="model",
     ),
     Program(

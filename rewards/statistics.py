@@ -73,7 +73,8 @@ def diversity(pixels: UInt8[np.ndarray, "g 3 h w"]) -> dict[str, float]:
     edges = np.abs(np.diff(luma, axis=1, append=luma[:, -1:]))
     edges += np.abs(np.diff(luma, axis=2, append=luma[:, :, -1:]))
     cells = np.concatenate([_cells(picture, 4), _cells(edges[:, None] / 2.0, 4)], axis=1)
-    return {"thumbnails": _apart(_cells(picture, 8)), "features": _apart(cells)}
+    parts = {"thumbnails": _cells(picture, 8), "features": cells}
+    return {name: apart(part) / part[0].size ** 0.5 for name, part in parts.items()}
 
 
 def _cells(picture: np.ndarray, n: int) -> np.ndarray:
@@ -90,9 +91,12 @@ def _cells(picture: np.ndarray, n: int) -> np.ndarray:
     return picture
 
 
-def _apart(features: np.ndarray) -> float:
+def apart(features: Float[np.ndarray, "g ..."]) -> float:
+    """Mean Euclidean distance of two of G rows of features; NaN for a single one. No two are drawn
+    twice, so that its expectation does not depend on G.
+    """
     flat = features.reshape(len(features), -1).astype(np.float64)
     if len(flat) < 2:
         return float("nan")
     first, second = np.triu_indices(len(flat), k=1)
-    return float(np.sqrt(np.mean((flat[first] - flat[second]) ** 2, axis=1)).mean())
+    return float(np.sqrt(((flat[first] - flat[second]) ** 2).sum(axis=1)).mean())

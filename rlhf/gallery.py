@@ -1,4 +1,5 @@
-"""Pictures of many prompts at once, for looking at and measuring; nothing here is trained on.
+"""Pictures of many prompts at once, for looking at and measuring; nothing here is trained on. A
+`Painter` makes them, a `Studio` has one or more of them and says how far it is.
 
 Prompts of one layout (equal text length and source shapes) share a call, which is about twice as
 fast as a call per prompt. Every picture depends on its own prompt and seed alone, up to rounding:
@@ -7,17 +8,22 @@ other batches change it by about 1e-6 before it is quantised.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from rich.console import Console
+from rich.progress import Progress
 
 from rlhf import kernels, noise
+from rlhf.cluster.pool import Here, Pool, Workers
 from rlhf.errors import ConfigError
 from rlhf.policies.base import Policy, stack
-from rlhf.policies.open import Opening, open_policy
+from rlhf.policies.open import Opening, describe_opening, open_policy
 from rlhf.sampling import Sampler, guided_field
 
 Pictures = UInt8[np.ndarray, "p g 3 h w"]
@@ -40,6 +46,48 @@ class Batch:
     index: tuple[int, ...]
     wanted: tuple[Wanted, ...]
     sampler: Sampler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Painted:
+    """Pictures in the order of the prompts, uint8 (P, G, 3, H, W), and the seconds from the first
+    call to the last; the conditions were read before.
+    """
+
+    pixels: Pictures
+    seconds: float
+
+
+def usual_sampler(
+    model: str,
+    size: tuple[int, int],
+    steps: int | None = None,
+    guidance: float | None = None,
+    key: str = "steps",
+) -> Sampler:
+    """How a model or run makes pictures: as asked, and else 40 steps at guidance 2; one that was
+    distilled to noise levels of its own in their number, without guidance.
+
+    Raises:
+        ConfigError: no such model, another number of steps than it has (`key` is their name), or
+        guidance below 1.
+    """
+    own = describe_opening(Opening(model=model)).levels
+    if own and steps not in (None, len(own)):
+        raise ConfigError(
+            f"{key}: expected {len(own)}, since '{model}' was distilled to the noise levels"
+            f" {list(own)} and is untrained between others, got {steps}: leave it out, or distil a"
+            f" student of {steps} steps (rlhf distill fewstep grid=even-{steps})"
+        )
+    usual = (len(own), 1.0) if own else (40, 2.0)
+    made = Sampler(
+        steps=usual[0] if steps is None else steps,
+        guidance=usual[1] if guidance is None else guidance,
+        height=size[0],
+        width=size[1],
+    )
+    made.check()
+    return made
 
 
 class Painter:
@@ -100,3 +148,38 @@ def assemble(parts: Iterator[tuple[Batch, np.ndarray]], prompts: int) -> Picture
     if sorted(rows) != list(range(prompts)):
         raise ValueError(f"expected pictures of {prompts} prompts, got those of {len(rows)}")
     return np.stack([rows[i] for i in range(prompts)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Studio:
+    """Where pictures are made, and who is told how far it is."""
+
+    painter: Painter  # of this process, plans the batches
+    workers: Workers
+    rows: int  # pictures in one call
+    console: Console
+
+    @staticmethod
+    def of(
+        opening: Opening, policy: Policy, console: Console, rows: int, workers: int, threads: int
+    ) -> Studio:
+        """A studio of a policy that was opened here, in as many processes as asked for."""
+        painter = Painter(policy)
+        hands: Workers = Here(lambda: painter, threads)
+        if workers > 1:
+            hands = Pool(partial(make_painter, opening), workers, threads)
+        return Studio(painter=painter, workers=hands, rows=rows, console=console)
+
+    def paint(self, wanted: Sequence[Wanted], sampler: Sampler, label: str) -> Painted:
+        """The pictures of some prompts."""
+        batches = self.painter.batches(wanted, sampler, self.rows)
+        total = sum(len(w.seeds) for w in wanted)
+        quiet, began = not self.console.is_terminal, time.monotonic()
+        with Progress(console=self.console, transient=True, disable=quiet) as progress:
+            bar = progress.add_task(label, total=total)
+            found = []
+            for batch, painted in self.workers.map("paint", batches):
+                progress.update(bar, advance=painted.shape[0] * painted.shape[1])
+                found.append((batch, painted))
+        seconds = time.monotonic() - began
+        return Painted(pixels=assemble(iter(found), len(wanted)), seconds=seconds)

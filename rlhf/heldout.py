@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from rewards.benchmark.ranking import ranks
 from rewards.scenes import oracle, world
@@ -152,25 +152,33 @@ def strict_of(task: Task, pictures: Pictures) -> Bool[np.ndarray, "p g"]:
     return verdicts(task.specs, pictures)[""].strict_PG
 
 
-def strict_ratio(
+def flat(parts_PG: Sequence[np.ndarray]) -> np.ndarray:
+    """The values of several tasks as one row."""
+    return np.concatenate([x.reshape(-1) for x in parts_PG])
+
+
+def prompts_of(parts_PG: Sequence[np.ndarray]) -> Int[np.ndarray, " n"]:
+    """Which prompt each value of `flat` is of, counted over all tasks."""
+    counts = [x.shape[1] for x in parts_PG for _ in range(len(x))]
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def ratio(
     mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
 ) -> dict[str, float | int] | None:
-    """Strict share of one model's pictures over that of another's of the same prompts and seeds,
-    with its 95% interval drawn over prompts; each holds (P, G) readings of some tasks. None where
-    the other is never right.
+    """The mean of one model's values over that of another's on the same prompts and seeds, with
+    its 95% interval drawn over prompts; each holds (P, G) values, not negative, of some tasks. None
+    where all of the other's are 0.
     """
-    a, b = (np.concatenate([x.reshape(-1) for x in part]) for part in (mine, theirs))
+    a, b = flat(mine), flat(theirs)
     if not b.any():
         return None
-    prompts = [np.repeat(np.arange(len(x)), x.shape[1]) for x in mine]
-    shifts = np.cumsum([0, *(len(x) for x in mine)])
-    clusters = np.concatenate([p + k for p, k in zip(prompts, shifts, strict=False)])
 
-    def ratio(index: np.ndarray) -> float:
+    def quotient(index: np.ndarray) -> float:
         below = b[index].mean()
         return float(a[index].mean() / below) if below else math.nan
 
-    return bootstrap(ratio, clusters, (0.0, math.inf)).as_metric()
+    return bootstrap(quotient, prompts_of(mine), (0.0, math.inf)).as_metric()
 
 
 def chance(task: Task, pictures: Pictures, shifts: int = 8) -> Metrics:

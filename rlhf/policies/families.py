@@ -73,7 +73,12 @@ class Description:
 
     family: type[PipelinePolicy]
     parts: Parts  # those of `family.READS`, and the pipeline's own
-    own_grid: bool  # distilled to a few noise levels, written in its index
+    levels: tuple[float, ...]  # those it was distilled to, written in its index; else none
+
+    @property
+    def own_grid(self) -> bool:
+        """Whether it samples at noise levels of its own, and at no others."""
+        return bool(self.levels)
 
 
 def describe(model: str) -> Description:
@@ -87,8 +92,8 @@ def describe(model: str) -> Description:
         except OSError as error:
             raise ConfigError(f"policy.model: could not open '{model}': {error}") from error
         parts[name] = found
-    own = index.get("sample_sigmas") is not None
-    return Description(family=family, parts=parts, own_grid=own)
+    levels = tuple(index.get("sample_sigmas") or ())
+    return Description(family=family, parts=parts, levels=levels)
 
 
 def check_pictures(

@@ -15,7 +15,7 @@ from rlhf import checkpoint as checkpoints
 from rlhf import config as config_module
 from rlhf.errors import ConfigError
 from rlhf.policies.config import PolicyConfig
-from rlhf.policies.families import load_policy
+from rlhf.policies.families import Description, describe, load_policy
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import Run
 
@@ -66,24 +66,42 @@ def open_policy(opening: Opening) -> Opened:
     return Opened(policy=load_policy(config), name=name, slot="train")
 
 
+def describe_opening(opening: Opening) -> Description:
+    """The description of what would be opened, no weights read. Raises ConfigError."""
+    root = Path(opening.model)
+    if not (root / "config.yaml").is_file():
+        return describe(opening.model)
+    found, _ = _made_with(Run.open(root))
+    return describe(found if isinstance(found, str) else found.model)
+
+
 def _placed(config: PolicyConfig, opening: Opening) -> PolicyConfig:
     return replace(
         config, device=opening.device or config.device, dtype=opening.dtype or config.dtype
     )
 
 
-def _open_run(run: Run, opening: Opening) -> Opened:
+def _made_with(run: Run) -> tuple[str | PolicyConfig, Mapping[str, Any]]:
+    """The directory of the model that a run wrote, or the policy whose slots it holds; and its
+    configuration.
+    """
     data = config_module.read_yaml(run.config_path)
     section, model = data.get("policy"), run.root / "model"
     if section is None and (model / "model_index.json").is_file():
-        opened = open_policy(replace(opening, model=str(model)))
-        return replace(opened, name=run.name, run=run)
+        return str(model), data
     if not isinstance(section, Mapping):
         raise ConfigError(
             f"expected a run of align, pretrain or distill, got {run.root}, whose config.yaml names"
             " no policy: name the directory of a model, or a run that made one"
         )
-    config = config_module.build(PolicyConfig, section)
+    return config_module.build(PolicyConfig, section), data
+
+
+def _open_run(run: Run, opening: Opening) -> Opened:
+    config, data = _made_with(run)
+    if isinstance(config, str):
+        opened = open_policy(replace(opening, model=config))
+        return replace(opened, name=run.name, run=run)
     policy, step = load_policy(_placed(config, opening)), None
     if opening.slot != "reference":
         path = checkpoints.locate(run.root, opening.checkpoint)

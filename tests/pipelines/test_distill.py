@@ -1,8 +1,8 @@
 """`rlhf distill`: what a run leaves, what the stock pipeline makes of it, and that it continues."""
 
 import json
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,13 +11,12 @@ from pipelines.cli import main
 from pipelines.distill import FewstepConfig, OpdConfig
 from rlhf import checkpoint, config
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.heldout import strict_ratio
 from rlhf.policies.open import Opening, open_policy
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from tests.pipelines.conftest import make_run
 from tests.rlhf.tiny import arguments as align_arguments
-from tests.rlhf.tiny import close_pictures, drawn, prompt_file, same, stock_pipeline
+from tests.rlhf.tiny import close_pictures, drawn, judge_spec, prompt_file, same, stock_pipeline
 
 TEXT = "a red circle number 1"
 
@@ -209,35 +208,90 @@ def test_two_workers_make_the_trajectories_of_one(tiny_base, tmp_path, ray_head)
     assert same(dict(found[0][1]), dict(found[1][1]))
 
 
-def test_a_student_is_measured_beside_its_teacher(tiny_base, tmp_path):
-    distill.fewstep(few(tiny_base, tmp_path, "grid=even-2", "pace.steps=1"))
-    found = evaluate.run(
-        evaluate.Config(
-            model=str(tmp_path / "runs" / "tiny"),
-            parts=("text", "objects"),
-            levels=(1,),
-            settings=("guided",),
-            steps=2,
-            guidance=1.0,
-            teacher=str(tiny_base),
-            teacher_steps=3,
-            n=4,
-            per_prompt=2,
-        )
-    )["metrics"]
-    assert {"heldout/text/strict/teacher", "heldout/objects/level1/strict/teacher"} <= set(found)
-    assert found["fewstep/2/forwards_ratio"]["value"] == 3.0
-    assert found["fewstep/2/seconds_ratio"]["value"] > 0
+@pytest.fixture(scope="module")
+def student(tiny_base, tmp_path_factory):
+    """A run of two levels of its own."""
+    folder = tmp_path_factory.mktemp("student")
+    distill.fewstep(few(tiny_base, folder, "grid=even-2", "pace.steps=1"))
+    return folder / "runs" / "tiny"
+
+
+def measured(student, **changes):
+    small = dict(model=str(student), parts=("text", "edits"), n=4, per_prompt=2)
+    return evaluate.Config(**(small | changes))
+
+
+def test_a_student_is_measured_beside_its_teacher_and_its_base(student, tiny_base):
+    base = str(tiny_base)
+    judges = judge_spec("brightness"), judge_spec("darkness"), "scenes/portrait"
+    beside = dict(teacher=base, teacher_steps=3, baseline=base, judges=judges)
+    result = evaluate.run(measured(student, **beside))
+    assert json.loads((student / "evaluations" / "evaluate.json").read_text()) == result
+    assert (result["settings"]["steps"], result["settings"]["guidance"]) == (2, 1.0)
+    assert result["settings"]["teacher_guidance"] == 2.0
+    found = result["metrics"]
+    assert not any(name.endswith(("/w1", "/steps4")) for name in found)
+    for stem in ("fewstep/2/text", "fewstep/2/edits", "fewstep/2"):
+        for name in ("diversity", "diversity/teacher", "diversity/baseline", "strict_gain"):
+            assert f"{stem}/{name}" in found
+        for suffix in ("", "/baseline"):
+            assert found[f"{stem}/diversity_ratio{suffix}"]["value"] > 0
+            bright, dark = (found[f"{stem}/preference/{j}{suffix}"] for j in judges[:2])
+            assert bright["value"] == pytest.approx(1 - dark["value"])
+            assert f"{stem}/preference/portrait{suffix}" not in found or stem != "fewstep/2/text"
+    assert found["fewstep/2/text/preference/portrait/na"] == {"value": 4, "n": 4}
     assert found["heldout/text/strict/teacher"]["n"] == 4
+    assert found["heldout/text/strict/baseline"]["n"] == 4
+    assert found["fewstep/2/forwards_ratio"]["value"] == 3.0
+    mine, theirs = (found[f"fewstep/2/seconds{s}"]["value"] for s in ("", "/teacher"))
+    assert found["fewstep/2/seconds_ratio"]["value"] == pytest.approx(theirs / mine)
+    assert found["fewstep/2/seconds/baseline"]["value"] > 0
+    sheets = {path.name for path in (student / "evaluations" / "evaluate").glob("*.png")}
+    assert sheets == {"text.png", "edits.png", "fewstep-text.png", "fewstep-edits.png"}
 
 
-def test_a_teacher_beside_itself_has_ratio_one():
-    right = [np.array([[True, False], [True, True]]), np.array([[False, True]])]
-    assert strict_ratio(right, right) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 6}
-    half = [np.array([[True, False], [False, False]]), np.array([[False, True]])]
-    found = strict_ratio(half, right)
-    assert found is not None and found["value"] == 0.5 and found["low"] < 0.5 < found["high"]
-    assert strict_ratio(right, [np.zeros_like(r) for r in right]) is None
+def test_the_baseline_has_the_students_steps_no_guidance_and_the_teachers_noise(student, tiny_base):
+    base = str(tiny_base)
+    unguided = dict(teacher=base, teacher_steps=2, teacher_guidance=1.0, baseline=base)
+    config = measured(student, id="same", parts=("text",), judges=(judge_spec("named"),))
+    found = evaluate.run(replace(config, **unguided))["metrics"]
+    assert found["fewstep/2/diversity_ratio/baseline"]["value"] == 1.0
+    assert found["fewstep/2/preference/named/baseline"]["value"] == 0.5
+    assert found["fewstep/2/diversity_ratio"]["value"] != 1.0
+    guided = replace(config, **(unguided | {"teacher_guidance": 4.0}))
+    found = evaluate.run(guided)["metrics"]
+    assert found["fewstep/2/diversity_ratio/baseline"]["value"] != 1.0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 1}, "steps: expected 2, since .* leave it out, or distil a student of 1 steps"),
+        ({"settings": ("steps4",)}, "steps4 of settings: expected 2"),
+        ({"model": "scenes", "teacher": "STUDENT", "teacher_steps": 3}, "teacher_steps: expected"),
+        (
+            {"model": "scenes", "steps": 4, "teacher": "scenes", "baseline": "STUDENT"},
+            "steps of the baseline: expected 2",
+        ),
+        ({"teacher": "scenes", "teacher_guidance": 0.5}, "guidance: expected 1"),
+        ({"baseline": "scenes"}, "write teacher=scenes"),
+        ({"judges": ("scenes/fidelity",)}, "write teacher=scenes"),
+        ({"teacher": "scenes", "parts": ("recon",)}, "a kind of prompt to compare"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_refused_before_a_picture_is_made(student, changes, words):
+    changes = {k: str(student) if v == "STUDENT" else v for k, v in changes.items()}
+    config = measured(student, id="refused", **changes)
+    with pytest.raises(ConfigError, match=words):
+        config.check()
+        evaluate.run(config)
+    assert not (student / "evaluations" / "refused").exists()
+
+
+def test_a_plan_counts_the_pictures_of_all_sides(student):
+    config = measured(student, parts=("text",), teacher="scenes", baseline="scenes")
+    assert f"{4 * (2 + 2 + 80 + 2)} forwards" in evaluate.plan(config)
 
 
 @pytest.mark.parametrize(
