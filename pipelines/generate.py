@@ -16,6 +16,7 @@ import torch
 from rewards import images
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_write_text, json_text
+from rlhf.gallery import usual_sampler
 from rlhf.policies.open import Opened, Opening, open_policy
 from rlhf.run import report
 from rlhf.sampling import Sampler, sample
@@ -23,8 +24,8 @@ from rlhf.sampling import Sampler, sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """`source` is a picture to edit. None: the guidance of the run, 2 for a base; size 64, or that
-    of the run, or of the source.
+    """`source` is a picture to edit. None: the guidance of the run, 2 for a base; 40 steps, or as
+    many as the model was distilled to, unguided; size 64, or that of the run, or of the source.
     """
 
     prompt: str = "a red circle left of a blue square on white"
@@ -35,7 +36,7 @@ class Config:
     source: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     guidance: float | None = None
-    steps: int = 40
+    steps: int | None = None
     size: int | tuple[int, int] | None = None  # pixels, or [height, width]
     out: str = "pictures"
     threads: int = 1
@@ -48,7 +49,7 @@ class Config:
             raise ConfigError(f"seeds: expected numbers from 0, got {list(self.seeds)}: try [0,1]")
         if self.guidance is not None and self.guidance < 1:
             raise ConfigError(f"guidance: expected 1 (unguided) or more, got {self.guidance}")
-        if self.steps < 1 or self.threads < 1:
+        if (self.steps is not None and self.steps < 1) or self.threads < 1:
             raise ConfigError(
                 f"expected steps and threads >= 1, got steps={self.steps} threads={self.threads}"
             )
@@ -60,10 +61,8 @@ def sampler_of(config: Config, opened: Opened, source: tuple[int, int] | None) -
     default = source or (int(base.get("height", 64)), int(base.get("width", 64)))
     size = config.size if config.size is not None else default
     height, width = (size, size) if isinstance(size, int) else size
-    guidance = config.guidance
-    if guidance is None:
-        guidance = float(base.get("guidance", 2.0))
-    return Sampler(steps=config.steps, guidance=guidance, height=height, width=width)
+    guidance = base.get("guidance") if config.guidance is None else config.guidance
+    return usual_sampler(config.model, (height, width), config.steps, guidance)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines import distill, evaluate
+from pipelines import distill, evaluate, generate
 from pipelines.cli import main
 from pipelines.distill import FewstepConfig, OpdConfig
 from rlhf import checkpoint, config
@@ -248,6 +248,14 @@ def test_a_student_is_measured_beside_its_teacher_and_its_base(student, tiny_bas
     assert found["fewstep/2/seconds/baseline"]["value"] > 0
     sheets = {path.name for path in (student / "evaluations" / "evaluate").glob("*.png")}
     assert sheets == {"text.png", "edits.png", "fewstep-text.png", "fewstep-edits.png"}
+
+
+def test_its_pictures_have_its_own_steps(student, tmp_path):
+    few = generate.Config(prompt=TEXT, model=str(student), seeds=(3,), out=str(tmp_path))
+    said = generate.run(few)["made"]
+    assert (said["steps"], said["guidance"]) == (2, 1.0)
+    with pytest.raises(ConfigError, match="steps: expected 2"):
+        generate.run(replace(few, steps=40))
 
 
 def test_the_baseline_has_the_students_steps_no_guidance_and_the_teachers_noise(student, tiny_base):
