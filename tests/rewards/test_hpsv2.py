@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rewards.backbones.hpsv2 import ARCHITECTURE, HpsJudge, hpsv2_package
+from rewards.backbones.hpsv2 import ARCHITECTURE, STATISTICS, HpsJudge, hpsv2_package, letterbox
 from rewards.backbones.limits import count_flags
 from rewards.errors import RewardConfigError
 from rewards.judge import load_judge, run_judge
@@ -109,6 +109,14 @@ def test_golden_scores_of_the_published_package(tmp_path):
         image = ((x * 7 + y * 5 + c * 85 + x * y) % 256).astype(np.uint8)
         asked = [Sample(image=image, prompt=p, category="any") for p in (PROMPT, "a cat")]
         assert [s.value for s in judge.score(asked)] == pytest.approx(wanted, abs=2e-6)
+
+
+def test_what_the_filter_overshoots_is_kept():
+    image = np.zeros((3, 40, 64), np.uint8)
+    image[:, :, 30:] = 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+    seen = letterbox(image, 32) * std + mean
+    assert seen.shape == (3, 32, 32) and seen.max() > 1.01 and seen.min() < -0.01
 
 
 def test_samples_of_any_size_and_prompt_score_as_they_do_alone(judge):
