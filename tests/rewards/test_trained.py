@@ -64,6 +64,18 @@ def test_judges_that_share_towers_pay_for_a_picture_once(towers, monkeypatch):
     assert sum(seen) == len(MADE)
 
 
+def test_towers_that_trained_have_forgotten(tmp_path):
+    own = tiny_towers(tmp_path / "towers").eval()
+    pictures = [MADE[0].image]
+    with torch.no_grad():
+        before = own.see(pictures)[1]
+        own.train()
+        for weight in own.parameters():
+            weight.mul_(1.5)
+        after = own.eval().see(pictures)[1]
+    assert not torch.allclose(before, after)
+
+
 def test_a_folder_gives_the_same_judge_back(towers, tmp_path):
     save_towers(towers, tmp_path / "towers")
     judge = tiny_judge(towers, "consistency", floor=4.0)
