@@ -147,7 +147,7 @@ def test_the_shipped_mixture_has_edits_with_their_judges(tmp_path):
     plan = Plan.of(made, load_prompts(made.prompts))
     request = plan.request(1)
     kinds = [p.category for p in request.prompts]
-    assert kinds == ["objects"] * 2 + ["edits"] * 2 + ["portraits", "text"]
+    assert kinds == ["objects"] * 4 + ["edits"] * 4 + ["portraits"] * 2 + ["text"] * 2
     for prompt in request.prompts:
         assert len(prompt.sources) == (prompt.category == "edits")
     assert set(made.weights) == set(kinds)
