@@ -61,9 +61,10 @@ def compare(
                 continue
             keep(run, asked.out / name)
             done.setdefault(arm, []).append(run)
-    atomic_write_text(asked.out / name / "table.md", table(done))
+    text = table(done)
+    atomic_write_text(asked.out / name / "table.md", text)
     draw(done, asked.out / f"{name}.png")
-    print(table(done))
+    print(text)
 
 
 def spread(found: Sequence[Gain]) -> tuple[float, float, float]:

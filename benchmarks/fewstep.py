@@ -93,13 +93,12 @@ def draw(arms: Mapping[str, Mapping[str, Metric]], path: Path) -> None:
     kinds = list(dict.fromkeys(kind for metrics in arms.values() for kind in ratios(metrics)))
     for k, (arm, metrics) in enumerate(arms.items()):
         colour = plots.COLOURS[k % len(plots.COLOURS)]
-        for of, mark in (("", "o"), ("/baseline", "none")):
+        for of in ("", "/baseline"):
             for kind, metric in ratios(metrics, of).items():
                 y = kinds.index(kind) + 0.6 * ((k + 0.5) / len(arms) - 0.5)
                 if not of:
                     ax.plot([metric["low"], metric["high"]], [y, y], color=colour, lw=1.2)
-                face = colour if mark == "o" else "none"
-                label = arm if not of else f"{arm}: base"
+                face, label = ("none", f"{arm}: base") if of else (colour, arm)
                 ax.plot(metric["value"], y, "o", ms=5, color=colour, mfc=face, label=label)
     ax.axvline(1, color=plots.MUTED, lw=0.8)
     ax.grid(False)
