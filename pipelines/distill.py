@@ -25,7 +25,7 @@ from rlhf.distill.grids import Grids, grid_of, through
 from rlhf.distill.matching import DistributionMatching, MatchingConfig
 from rlhf.distill.method import Consistency, Method, OnPolicy, Segments
 from rlhf.distill.objectives import path_weights
-from rlhf.distill.student import Shown, distil, give_grid, start_from, write_model
+from rlhf.distill.student import Shown, distance, distil, give_grid, start_from, write_model
 from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
 from rlhf.distill.trajectories import Trajectories, make_ahead, open_trajectories
 from rlhf.distributed import Ranks, session
@@ -243,7 +243,7 @@ def _finish(
     frozen, bundles = parts.teachers.checksums(), _bundles(config, parts)
     if config.workers > 1:
         _make_ahead(config, parts, shown, bundles if method.trajectories else None)
-    ranks.on_first(lambda: found.update(before=shown.distance()))
+    ranks.on_first(lambda: found.update(before=distance(shown.ends())))
     distil(
         home,
         parts.policy,
@@ -258,7 +258,7 @@ def _finish(
     same = all(ranks.gather(parts.teachers.checksums() == frozen))
     if not ranks.is_first:
         return {}
-    before, after = found["before"], shown.distance()
+    before, after = found["before"], distance(shown.ends())
     base, model = config.student.model, home.root / "model"
     write_model(parts.policy, base, model, grid, config.save_dtype)
     metrics: dict[str, Any] = {

@@ -32,6 +32,7 @@ from rlhf.run import Run
 from rlhf.training import Average, Pace, train
 
 ACROSS = 16  # pictures in a row of a sheet
+Ends = Sequence[tuple[Tensor, Tensor]]  # final latents (B, N, C) of teachers and student
 
 
 def distil(
@@ -65,8 +66,9 @@ def distil(
         if average is not None:
             policy.slots.load("ema", average.tensors)
         slot = "train" if average is None else "ema"
-        shown.sheet(slot).save(run.samples / f"step_{step:06d}.png")
-        return {"heldout/distance": shown.distance(slot)}
+        ends = shown.ends(slot)
+        shown.sheet(ends).save(run.samples / f"step_{step:06d}.png")
+        return {"heldout/distance": distance(ends)}
 
     average = train(
         run,
@@ -97,27 +99,28 @@ class Shown:
         steps = range(1, bundles.count + 1)
         self.bundles = [bundle for step in steps for bundle in bundles.at(step)]
 
+    def ends(self, slot: str = "train") -> Ends:
+        """Of every bundle, the student's sampled now."""
+        return [self._ends(bundle, slot) for bundle in self.bundles]
+
     def _ends(self, bundle: Bundle, slot: str) -> tuple[Tensor, Tensor]:
-        """Final latents (B, N, C) of teachers and student."""
         states, sigmas = self.teacher.of(bundle), self.grids[bundle.size]
         mine = student_states(self.policy, bundle, sigmas, states[0], len(sigmas) - 1, slot)
         return states[-1], mine[-1]
 
-    def distance(self, slot: str = "train") -> float:
-        """Mean squared distance of the final latents, over all rows."""
-        found = [(a - b).square().flatten(1).mean(1) for a, b in self._each(slot)]
-        return float(torch.cat(found).mean())
-
-    def sheet(self, slot: str = "train") -> Any:
+    def sheet(self, ends: Ends) -> Any:
         """The teachers' pictures of each bundle above the student's; what is edited above both."""
         rows = []
-        for bundle, ends in zip(self.bundles, self._each(slot), strict=True):
+        for bundle, both in zip(self.bundles, ends, strict=True):
             rows += _edited(bundle)
-            rows += [list(self.policy.decode(x, bundle.size).numpy()[:ACROSS]) for x in ends]
+            rows += [list(self.policy.decode(x, bundle.size).numpy()[:ACROSS]) for x in both]
         return images.contact_sheet(rows)
 
-    def _each(self, slot: str) -> list[tuple[Tensor, Tensor]]:
-        return [self._ends(bundle, slot) for bundle in self.bundles]
+
+def distance(ends: Ends) -> float:
+    """Mean squared distance of the student's final latents from the teachers', over all rows."""
+    found = [(a - b).square().flatten(1).mean(1) for a, b in ends]
+    return float(torch.cat(found).mean())
 
 
 def _edited(bundle: Bundle) -> list[list[np.ndarray]]:

@@ -174,7 +174,8 @@ def test_a_trajectory_is_sampled_on_the_grid_of_its_size(policy, tmp_path):
 def test_a_sheet_has_what_is_edited_above_the_pictures_made_of_it(policy, tmp_path):
     made = bundles(policy, edits(tmp_path))
     kept = trajectories(policy, tmp_path)
-    sheet = Shown(policy, made, {SIZE: KNOTS}, kept).sheet()
+    shown = Shown(policy, made, {SIZE: KNOTS}, kept)
+    sheet = shown.sheet(shown.ends())
     assert sheet.size == (2 + 4 * 66, 2 + 3 * 66)  # sources, teachers, student; two seeds each
     source = images.load_image(made.at(1)[0].prompts[0].sources[0])
     first = images.from_pil(sheet.crop((2, 2, 66, 66)))
