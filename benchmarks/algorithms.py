@@ -5,7 +5,9 @@
     python -m benchmarks.algorithms --draw                 # table and figure of what is done
 
 An arm is a shipped configuration and what it changes there; all have the same prompts, initial
-latents, oracle and held-out pictures, and run in one process with one thread. Writes
+latents, oracle and held-out prompts, and run in one process with one thread. The last four were
+measured later and on slower cores; they are in benchmarks/results/further (--out), ten-updates on
+twice as many held-out pictures. Writes
 benchmarks/results/algorithms/<arm>-seed<k>.{jsonl,result.json,yaml}, table.md and
 benchmarks/results/algorithms.png. A run that is there is not computed again; one that was killed
 continues.
@@ -36,6 +38,8 @@ COMMON = (
     "iterations=20", "checkpoints.every=10", "cluster.kind=local", "cluster.learner_threads=1",
     "evaluation.every=5", "evaluation.per_prompt=2",
 )  # fmt: skip
+LONG = ("iterations=30", "evaluation.every=10")
+FINER = ("iterations=26", "checkpoints.every=13", "evaluation.every=13", "evaluation.per_prompt=4")
 ARMS: Arms = {
     "hybrid": ("align/hybrid",),  # guided rollouts, unguided training
     "guided": ("align/guided",),  # guidance in both
@@ -47,7 +51,15 @@ ARMS: Arms = {
     "grpo-recentred": ("align/grpo", "loss.name=grpo-recentred"),
     "guard": ("align/guard",),
     "dppo": ("align/dppo",),
-}
+    "ten-updates": ("align/objects", *FINER),
+    "grpo-cps": ("align/grpo_cps", *LONG),
+    "grpo-cps-recentred": (
+        "align/grpo_cps", *LONG, "loss.name=grpo-recentred", "rollout.guidance=2.0",
+    ),
+    "grpo-sde-small-steps": (
+        "align/grpo_cps", *LONG, "rollout.kernel=flow-sde", "rollout.noise_level=0.7",
+    ),
+}  # fmt: skip
 GUIDED, UNGUIDED = "heldout/objects/strict", "heldout/objects/strict/w1"
 POINTS = 0.1
 

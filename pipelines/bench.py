@@ -9,7 +9,8 @@ their medians compared; `bench/efficiency` is bare over real.
 
 `rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn, and
 the bare forwards likewise: `bench/rollout/bare_speedup` is what these cores give to processes that
-share nothing.
+share nothing. With `judged` finished groups are judged beside those that are still sampled, as in a
+run: one worker leaves the judges a core of their own, as many workers as cores do not.
 """
 
 from __future__ import annotations
@@ -72,9 +73,12 @@ class StepConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingConfig(StepConfig):
-    """See StepConfig; the rollout workers of the configuration are compared with one."""
+    """See StepConfig; the rollout workers of the configuration are compared with one, without
+    judges unless they are `judged` too.
+    """
 
     repeats: int = 8
+    judged: bool = False
 
     def check(self) -> None:
         StepConfig.check(self)
@@ -107,12 +111,16 @@ class Stopwatch:
 class Bench:
     """Everything that is timed for one configuration; use it as a context manager."""
 
-    def __init__(self, config: AlignConfig, clusters: Mapping[str, ClusterConfig]) -> None:
-        prompts = load_prompts(config.prompts)
+    def __init__(
+        self, config: AlignConfig, clusters: Mapping[str, ClusterConfig], judged: bool = True
+    ) -> None:
+        prompts, recipe = load_prompts(config.prompts), config.recipe()
+        if not judged:
+            recipe = replace(recipe, judges=(), statistics=False)
         self.config, self.plan = config, Plan.of(config, prompts)
         self.watches = {name: Stopwatch() for name in clusters}
         self._clusters: dict[str, Cluster] = {}
-        self._recipes = {n: replace(config.recipe(), cluster=c) for n, c in clusters.items()}
+        self._recipes = {n: replace(recipe, cluster=c) for n, c in clusters.items()}
 
     def __enter__(self) -> Bench:
         try:
@@ -214,7 +222,7 @@ def scaling(config: ScalingConfig) -> dict[str, Any]:
     with (
         room_for(*clusters.values()),
         BareTimes(target) as times,
-        Bench(target, clusters) as bench,
+        Bench(target, clusters, config.judged) as bench,
     ):
         taken = []
         for number in range(1, config.repeats + 2):
@@ -234,7 +242,9 @@ def scaling(config: ScalingConfig) -> dict[str, Any]:
         name: {"value": value, "n": config.repeats} for name, value in figures.items()
     }
     table["bench/rollout/workers"] = {"value": many}
-    return _kept(config, "bench scaling", began, table, seconds_by_repeat=taken)
+    return _kept(
+        config, "bench scaling", began, table, judged=config.judged, seconds_by_repeat=taken
+    )
 
 
 def _kept(
@@ -261,7 +271,8 @@ def plan_scaling(config: ScalingConfig) -> str:
     c = config.target()
     return (
         f"{config.repeats + 1} times: {c.prompts_per_iteration} groups of {c.group_size} with 1 and"
-        f" with {c.cluster.rollout_workers} workers of {c.cluster.rollout_threads} threads"
+        f" with {c.cluster.rollout_workers} workers of {c.cluster.rollout_threads} threads,"
+        f" {'judged beside it' if config.judged else 'without judges'}"
     )
 
 

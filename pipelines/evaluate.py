@@ -31,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pipelines.data.scenes import PICTURES, mixture, pictures, rgba
 from rewards import images
@@ -42,12 +43,14 @@ from rlhf.cluster.base import threads
 from rlhf.comparison import BASELINE, STUDENT, TEACHER, Eyes, Side
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_write_text, json_text
-from rlhf.gallery import Studio, usual_sampler
+from rlhf.gallery import Album, Studio, usual_sampler
 from rlhf.heldout import Metrics, Task
 from rlhf.models.reconstruction import pca_psnr, psnr, reconstruct
 from rlhf.policies.open import Opened, Opening, describe_opening, open_policy
+from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.run import report
 from rlhf.sampling import Sampler
+from rlhf.weights import checksum
 
 Part = Literal["recon", "objects", "portraits", "text", "edits", "axes"]
 RECORDED = ("n", "per_prompt", "objects_split", "size", "seed")
@@ -68,7 +71,8 @@ class Config:
     `teacher` and `baseline`: models or runs that the pictures are compared with; the baseline has
     the model's steps and no guidance. `judges`, named as those of `rlhf align`, choose between the
     pictures; `features` is the encoder that says how far apart they are: scenes, or DINOv2 or CLIP
-    by path.
+    by path. `album`: a folder that keeps the pictures of teacher and baseline, and gives them again
+    where the same are asked for.
     """
 
     model: str = "scenes"
@@ -91,6 +95,7 @@ class Config:
     baseline: str | None = None
     judges: tuple[str, ...] = ()
     features: str = "scenes"
+    album: str | None = None
     size: int = 64
     seed: int = 1000
     rows: int = 64  # pictures in one call
@@ -111,10 +116,11 @@ class Config:
             raise ConfigError(f"levels: expected some of 1, 2, 3, got {list(self.levels)}")
         if self.settings == () or not self.parts:
             raise ConfigError("settings and parts: expected at least one of each, got none")
-        if self.teacher is None and (self.baseline or self.judges):
+        if self.teacher is None and (self.baseline or self.judges or self.album):
             raise ConfigError(
-                f"baseline and judges: expected a teacher to compare with, got none beside"
-                f" baseline={self.baseline} judges={list(self.judges)}: write teacher=scenes"
+                f"baseline, judges and album: expected a teacher to compare with, got none beside"
+                f" baseline={self.baseline} judges={list(self.judges)} album={self.album}: write"
+                " teacher=scenes"
             )
         if self.teacher is not None and not set(self.parts) - {"recon", "axes"}:
             raise ConfigError(
@@ -335,6 +341,7 @@ def _sides(config: Config, how: Samplers, studio: Studio, stack: ExitStack) -> d
     """The model, and those that it is compared with; one that is both is opened once."""
     sides = {STUDENT: Side(studio=studio, sampler=how.of(how.settings[0]))}
     opened: dict[str, Studio] = {}
+    policies: dict[str, PipelinePolicy] = {}
     for name, model, sampler in (
         (TEACHER, config.teacher, how.teacher),
         (BASELINE, config.baseline, how.baseline),
@@ -343,10 +350,23 @@ def _sides(config: Config, how: Samplers, studio: Studio, stack: ExitStack) -> d
             continue
         if model not in opened:
             opening = Opening(model=model, device=config.device, dtype=config.dtype)
-            policy = open_policy(opening)
-            opened[model] = _studio(config, opening, policy, studio.console, stack)
-        sides[name] = Side(studio=opened[model], sampler=sampler)
+            one = open_policy(opening)
+            policies[model] = one.policy
+            opened[model] = _studio(config, opening, one, studio.console, stack)
+        made: Studio | Album = opened[model]
+        if config.album is not None:
+            maker = checksum(_weights(policies[model]))
+            made = Album(studio=made, folder=Path(config.album), maker=maker)
+        sides[name] = Side(studio=made, sampler=sampler)
     return sides
+
+
+def _weights(policy: PipelinePolicy) -> dict[str, Tensor]:
+    """All that its pictures depend on."""
+    pipeline = policy.pipeline
+    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae}
+    parts |= {n: m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m}
+    return {f"{n}.{key}": t for n, m in parts.items() for key, t in m.state_dict().items()}
 
 
 def _recorded(config: Config, how: Samplers) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class AlignmentLearner:
             terms: list[LossTerms] = []
 
             def objective(item: tuple[Rollouts, Tensor, Tensor], update=update, terms=terms):
-                term = self._terms(item[0], item[1], item[2], update)
+                term = self.terms(item[0], item[1], item[2], update)
                 terms.append(term)
                 return term.loss, {}
 
@@ -172,7 +172,7 @@ class AlignmentLearner:
 
     # --- the loss of one group --------------------------------------------------------------------
 
-    def _terms(
+    def terms(
         self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int
     ) -> LossTerms:
         if self.config.loss.loss.form is None:

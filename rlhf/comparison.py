@@ -36,7 +36,7 @@ from rewards.statistics import apart
 from rewards.types import Score
 from rlhf import heldout
 from rlhf.errors import ConfigError
-from rlhf.gallery import Studio
+from rlhf.gallery import Album, Studio
 from rlhf.heldout import Metrics, Pictures, Task
 from rlhf.models.vision import Vision, load_vision
 from rlhf.sampling import Sampler
@@ -52,7 +52,7 @@ BANDS = 4
 class Side:
     """Who paints, and how."""
 
-    studio: Studio
+    studio: Studio | Album
     sampler: Sampler
 
 

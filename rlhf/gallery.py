@@ -1,5 +1,6 @@
 """Pictures of many prompts at once, for looking at and measuring; nothing here is trained on. A
-`Painter` makes them, a `Studio` has one or more of them and says how far it is.
+`Painter` makes them, a `Studio` has one or more of them and says how far it is, an `Album` keeps
+what a studio made.
 
 Prompts of one layout (equal text length and source shapes) share a call, which is about twice as
 fast as a call per prompt. Every picture depends on its own prompt and seed alone, up to rounding:
@@ -8,20 +9,25 @@ other batches change it by about 1e-6 before it is quantised.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
+from safetensors.torch import load, save
 
 from rlhf import kernels, noise
 from rlhf.cluster.pool import Here, Pool, Workers
 from rlhf.errors import ConfigError
+from rlhf.files import atomic_write_bytes
 from rlhf.policies.base import Policy, stack
 from rlhf.policies.open import Opening, describe_opening, open_policy
 from rlhf.sampling import Sampler, guided_field
@@ -183,3 +189,42 @@ class Studio:
                 found.append((batch, painted))
         seconds = time.monotonic() - began
         return Painted(pixels=assemble(iter(found), len(wanted)), seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Album:
+    """A studio whose pictures are kept in a folder, so that the same ones are made once: those of a
+    teacher beside whom many students are measured. A file is named after the weights, how they
+    sample and what is wanted; `seconds` are those of when it was made.
+    """
+
+    studio: Studio
+    folder: Path
+    maker: str  # whose pictures: a checksum of all its weights
+
+    def paint(self, wanted: Sequence[Wanted], sampler: Sampler, label: str) -> Painted:
+        """As `Studio.paint`; read where it is kept."""
+        path = self.folder / f"{self._name(wanted, sampler)}.safetensors"
+        if not path.is_file():
+            made = self.studio.paint(wanted, sampler, label)
+            seconds = torch.tensor(made.seconds, dtype=torch.float64)
+            pixels = torch.from_numpy(np.ascontiguousarray(made.pixels))
+            atomic_write_bytes(path, save({"pixels": pixels, "seconds": seconds}))
+        kept = load(path.read_bytes())
+        return Painted(pixels=kept["pixels"].numpy(), seconds=float(kept["seconds"]))
+
+    def _name(self, wanted: Sequence[Wanted], sampler: Sampler) -> str:
+        asked = {
+            "maker": self.maker,
+            "sampler": asdict(sampler),
+            "wanted": [
+                [
+                    w.text,
+                    w.negative,
+                    w.seeds,
+                    [hashlib.sha256(s.tobytes()).hexdigest() for s in w.sources],
+                ]
+                for w in wanted
+            ],
+        }
+        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()

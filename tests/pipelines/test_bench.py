@@ -202,7 +202,7 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
     )
     config.check()
     result = bench.scaling(config)
-    assert json.loads(out.read_text()) == result
+    assert json.loads(out.read_text()) == result and result["judged"] is False
     value = {n: m["value"] for n, m in result["metrics"].items()}
     taken = result["seconds_by_repeat"]
     assert len(taken) == 2 and all(set(seconds) == {"1", "2"} for seconds in taken)
@@ -210,6 +210,17 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
     assert value["bench/rollout/speedup"] == pytest.approx(ratio)
     assert 0.5 < value["bench/rollout/bare_speedup"] < 4
     assert "with 2:" in bench.summarise_scaling(result)
+
+
+def test_sampling_is_timed_with_nobody_judging_unless_asked(tiny_base):
+    config = small(tiny_base).target()
+    local = {"1": config.cluster}
+    with bench.Bench(config, local, judged=False) as alone, bench.Bench(config, local) as judged:
+        found = [one._clusters["1"].cards() for one in (alone, judged)]
+        assert not found[0] and [card.name for card in found[1]] == ["oracle/fidelity"]
+        assert alone.rollouts(1)["1"] > 0
+    assert "judged beside it" in bench.plan_scaling(bench.ScalingConfig(judged=True))
+    assert "without judges" in bench.plan_scaling(bench.ScalingConfig())
 
 
 def test_a_comparison_of_one_worker_with_itself_is_refused(tiny_base):

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from rlhf.cluster.pool import Here
 from rlhf.errors import ConfigError
-from rlhf.gallery import Painter, Wanted, assemble
+from rlhf.gallery import Album, Painter, Studio, Wanted, assemble
 from rlhf.sampling import sample
 from tests.rlhf.tiny import make_policy, picture, sampler, shake
 
@@ -65,3 +67,35 @@ def test_pictures_that_are_missing_are_noticed(painter):
     batches = painter.batches(wanted(), sampler())
     with pytest.raises(ValueError, match="5 prompts"):
         assemble(((b, painter.paint(b)) for b in batches[:1]), 5)
+
+
+def test_an_album_paints_once_what_is_the_same_and_nothing_else(painter, tmp_path):
+    calls = []
+
+    class Counting(Painter):
+        def paint(self, batch):
+            calls.append(batch)
+            return super().paint(batch)
+
+    hands = Here(lambda: Counting(painter.policy))
+    studio = Studio(painter=painter, workers=hands, rows=64, console=Console(quiet=True))
+    album = Album(studio=studio, folder=tmp_path, maker="a")
+    asked, made_by = wanted(), sampler()
+    first = album.paint(asked, made_by, "first")
+    count = len(calls)
+    again = album.paint(asked, made_by, "again")
+    assert count > 0 and len(calls) == count
+    assert (again.pixels == first.pixels).all() and again.seconds == first.seconds > 0
+    direct = studio.paint(asked, made_by, "direct").pixels
+    assert (direct == first.pixels).all()
+    files = len(list(tmp_path.iterdir()))
+    others = [
+        (album, asked[:4], made_by),
+        (album, asked, sampler(guidance=2.5)),
+        (album, [*asked[:3], Wanted(text="HI", seeds=(5, 9)), asked[4]], made_by),
+        (album, [asked[0], asked[4], asked[2], asked[3], asked[1]], made_by),
+        (Album(studio=studio, folder=tmp_path, maker="b"), asked, made_by),
+    ]
+    for number, (one, prompts, how) in enumerate(others, start=1):
+        one.paint(prompts, how, "other")
+        assert len(list(tmp_path.iterdir())) == files + number
