@@ -5,7 +5,7 @@
     python -m benchmarks.algorithms --draw                 # table and figure of what is done
 
 An arm is a shipped configuration and what it changes there; all have the same prompts, initial
-latents, oracle and held-out prompts, and run in one process with one thread. The last four were
+latents, oracle and held-out prompts, and run in one process with one thread. The last three were
 measured later and on slower cores; they are in benchmarks/results/further (--out), ten-updates on
 twice as many held-out pictures. Writes
 benchmarks/results/algorithms/<arm>-seed<k>.{jsonl,result.json,yaml}, table.md and
@@ -55,9 +55,6 @@ ARMS: Arms = {
     "grpo-cps": ("align/grpo_cps", *LONG),
     "grpo-cps-recentred": (
         "align/grpo_cps", *LONG, "loss.name=grpo-recentred", "rollout.guidance=2.0",
-    ),
-    "grpo-sde-small-steps": (
-        "align/grpo_cps", *LONG, "rollout.kernel=flow-sde", "rollout.noise_level=0.7",
     ),
 }  # fmt: skip
 GUIDED, UNGUIDED = "heldout/objects/strict", "heldout/objects/strict/w1"

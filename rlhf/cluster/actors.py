@@ -45,10 +45,14 @@ class RolloutActor(_Actor):
 
         return make_rollout_worker(recipe)
 
-    def rollout(self, ref: Any, request: Any, handover: Any) -> tuple[None, Any]:
-        """A receipt, and one group sampled with the weights of the hand-over."""
-        if self.worker.version != handover.version:
-            self.worker.bind(handover)
+    def rollout(self, ref: Any, request: Any, handover: list[Any]) -> tuple[None, Any]:
+        """A receipt, and one group sampled with the weights of the hand-over, whose handle is in
+        the list: Ray would fetch it for every group otherwise, and not only for the first.
+        """
+        if self.worker.version != ref.version:
+            import ray
+
+            self.worker.bind(ray.get(handover[0]))
         return None, self.worker.rollout(ref, request)
 
 

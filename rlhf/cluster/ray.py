@@ -290,7 +290,7 @@ class RayCluster:
                 " --resume"
             )
 
-        args = (group.ref, group.request, self._handovers[group.ref.version])
+        args = (group.ref, group.request, [self._handovers[group.ref.version]])
         self.workers.put(Call(method="rollout", args=args, then=then, lost=lost, kept=True))
 
     def _judge(self, group: _Group, names: tuple[str, ...] | None, body: ObjectRef) -> None:
