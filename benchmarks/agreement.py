@@ -12,7 +12,7 @@ pictures a run needs. A forward-process loss is averaged over six draws of noise
 iteration of `align/hybrid`; a ratio loss, whose noise is that of the rollout, has one gradient.
 
 Agreement is a direction in common, not a gain: what guidance does to every picture counts as well
-(`grpo` beside `grpo-recentred`). Writes benchmarks/results/agreement.json.
+(`grpo` beside `grpo-recentred`, `nft` beside `nft-unguided`). Writes benchmarks/results/agreement.json.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ UNGUIDED = ("align/grpo", "rollout.guidance=1.0")
 SHARED = (*UNGUIDED, "rollout.shared_noise=true")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "nft": ("align/hybrid",),
+    "nft-unguided": ("align/unguided",),
     "awm": ("align/awm",),
     "grpo": ("align/grpo",),
     "grpo-guidance-3": ("align/grpo", "rollout.guidance=3.0"),
