@@ -12,7 +12,8 @@ pictures a run needs. A forward-process loss is averaged over six draws of noise
 iteration of `align/hybrid`; a ratio loss, whose noise is that of the rollout, has one gradient.
 
 Agreement is a direction in common, not a gain: what guidance does to every picture counts as well
-(`grpo` beside `grpo-recentred`, `nft` beside `nft-unguided`). Writes benchmarks/results/agreement.json.
+(`grpo` beside `grpo-recentred`, `nft` beside `nft-unguided`). Writes
+benchmarks/results/agreement.json.
 """
 
 from __future__ import annotations
