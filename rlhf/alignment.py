@@ -175,6 +175,12 @@ class AlignmentLearner:
     def terms(
         self, rollouts: Rollouts, advantage_G: Tensor, weight_G: Tensor, update: int
     ) -> LossTerms:
+        """The loss of one group in one update of an iteration, with gradient. `weight_G`: each
+        sample's share of the batch, 0 where it is not live.
+
+        Raises:
+            ReplayMismatch: in update 0 the ratio is not 1. ConfigError: no trajectory was stored.
+        """
         if self.config.loss.loss.form is None:
             return self._forward_process(rollouts, advantage_G, weight_G, update)
         return self._ratio(rollouts, advantage_G, weight_G, update)
