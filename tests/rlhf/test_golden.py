@@ -1,6 +1,7 @@
 """Invariant 9: three iterations on the random tiny model, pinned, so that nothing drifts."""
 
 import pytest
+import torch
 
 from rlhf.cluster.local import LocalCluster
 from rlhf.loop import align
@@ -41,6 +42,9 @@ GOLDEN = {
     ],
 }
 COLUMNS = ("reward/total", "loss", "grad_norm")
+# The loss of a ratio is a sum of numbers near 1 that cancel to 1e-4, so it is known to one rounding
+# of 1 and no better: processors with and without AVX-512 differ by 0.9e-7.
+ROUNDING = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("loss", GOLDEN)
@@ -50,4 +54,4 @@ def test_three_iterations_are_the_pinned_ones(tiny_base, loss):
     align(cluster, Plan(loss), watch)
     got = [[row[name] for name in COLUMNS] for row in watch.rows]
     for row, want in zip(got, GOLDEN[loss], strict=True):
-        assert row == pytest.approx(want, rel=1e-3, abs=1e-9)
+        assert row == pytest.approx(want, rel=1e-3, abs=ROUNDING)
