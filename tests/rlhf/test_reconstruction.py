@@ -84,7 +84,8 @@ def test_every_known_class_makes_pictures_of_pictures(kind, tmp_path):
     rgb = draw(2, 3, 48, 32)
     again = codec.round_trip(rgb)
     assert again.shape == rgb.shape and again.abs().max() <= 1
-    assert torch.allclose(codec.round_trip(rgb[1:]), again[1:], atol=1e-5)
+    # rows do not know each other; convolutions of other batches round otherwise (AVX2: 1.7e-5)
+    assert torch.allclose(codec.round_trip(rgb[1:]), again[1:], atol=1e-4)
 
 
 def test_an_embedded_model_is_opened_as_the_pipeline_does():
