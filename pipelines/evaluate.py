@@ -340,8 +340,7 @@ def _studio(
 def _sides(config: Config, how: Samplers, studio: Studio, stack: ExitStack) -> dict[str, Side]:
     """The model, and those that it is compared with; one that is both is opened once."""
     sides = {STUDENT: Side(studio=studio, sampler=how.of(how.settings[0]))}
-    opened: dict[str, Studio] = {}
-    policies: dict[str, PipelinePolicy] = {}
+    opened: dict[str, Studio | Album] = {}
     for name, model, sampler in (
         (TEACHER, config.teacher, how.teacher),
         (BASELINE, config.baseline, how.baseline),
@@ -351,13 +350,11 @@ def _sides(config: Config, how: Samplers, studio: Studio, stack: ExitStack) -> d
         if model not in opened:
             opening = Opening(model=model, device=config.device, dtype=config.dtype)
             one = open_policy(opening)
-            policies[model] = one.policy
-            opened[model] = _studio(config, opening, one, studio.console, stack)
-        made: Studio | Album = opened[model]
-        if config.album is not None:
-            maker = checksum(_weights(policies[model]))
-            made = Album(studio=made, folder=Path(config.album), maker=maker)
-        sides[name] = Side(studio=made, sampler=sampler)
+            made = opened[model] = _studio(config, opening, one, studio.console, stack)
+            if config.album is not None:
+                maker, folder = checksum(_weights(one.policy)), Path(config.album)
+                opened[model] = Album(studio=made, folder=folder, maker=maker)
+        sides[name] = Side(studio=opened[model], sampler=sampler)
     return sides
 
 
