@@ -1,13 +1,15 @@
 """Distilled students beside their teacher and its base, each way to distil with several seeds.
 
     python -m benchmarks.fewstep segments=runs/seg-seed0 segments=runs/seg-seed1 dmd=runs/dmd-seed0
-    python -m benchmarks.fewstep dmd=runs/dmd-seed0 --set n=64 'judges=[scenes/fidelity]'
+    python -m benchmarks.fewstep opd=runs/opd mix-rl=runs/mix-rl --name opd-edits --set \
+        teacher=runs/edits 'parts=[edits]' 'settings=[w1]'
 
-ARM=RUN: a finished run of `rlhf distill`; the same arm again is another seed of it. Each is
-measured by `rlhf evaluate` into <run>/evaluations/fewstep.json, with the settings below and those
-of --set; one that is there is not measured again, and must have been measured alike. Writes
-benchmarks/results/fewstep.json and fewstep.png, the share of strictly right pictures over the
-teacher's by kind of prompt.
+ARM=RUN: a finished run of `rlhf distill`, or any other that `rlhf evaluate` opens; the same arm
+again is another seed of it. Each is measured by `rlhf evaluate` into
+<run>/evaluations/<name>.json, with the settings below and those of --set; one that is there is not
+measured again, and must have been measured alike. Writes benchmarks/results/<name>.json and
+<name>.png, the share of strictly right pictures over the teacher's by kind of prompt; the name is
+fewstep unless --name gives another.
 
 A figure `<arm>/<...>` is the mean of its seeds, low and high their range and n their number; of a
 single seed it is that run's own, with its 95% interval over prompts. `runs` holds those of each.
@@ -42,12 +44,12 @@ COMMON = (
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # arm -> run -> its evaluation
 
 
-def measured(run: Run, overrides: Sequence[str]) -> dict[str, Any]:
-    """The evaluation of a run, read or made. Raises what `rlhf evaluate` raises."""
-    known = run.read_json("evaluations/fewstep.json")
+def measured(run: Run, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The evaluation of a run under a name, read or made. Raises what `rlhf evaluate` raises."""
+    known = run.read_json(f"evaluations/{name}.json")
     if known is not None:
         return known
-    given = [*COMMON, *overrides, f"model={run.root}", "id=fewstep"]
+    given = [*COMMON, *overrides, f"model={run.root}", f"id={name}"]
     return evaluate.run(config.load(evaluate.Config, None, given, "evaluate"))
 
 
@@ -64,7 +66,7 @@ def settings_of(found: Found) -> dict[str, Any]:
         if settings != alike[first]:
             raise ConfigError(
                 f"expected all runs to be measured alike, got {settings} of {name} beside"
-                f" {alike[first]} of {first}: remove evaluations/fewstep.json of one of them"
+                f" {alike[first]} of {first}: remove that evaluation of one of them"
             )
     return alike[first]
 
@@ -127,10 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="ARM=RUN")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--name", default="fewstep")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked, began = parser.parse_args(argv), time.monotonic()
     found = {
-        arm: {str(run.root): measured(run, asked.overrides) for run in runs}
+        arm: {str(run.root): measured(run, asked.name, asked.overrides) for run in runs}
         for arm, runs in arms_of(asked.runs).items()
     }
     settings = settings_of(found)
@@ -144,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         machine=machine(),
     )
     if any(ratios(metrics) for metrics in arms.values()):  # no teacher that is ever right: none
-        draw(arms, asked.out / "fewstep.png")
-    atomic_write_text(asked.out / "fewstep.json", json_text(result))
+        draw(arms, asked.out / f"{asked.name}.png")
+    atomic_write_text(asked.out / f"{asked.name}.json", json_text(result))
     for arm, metrics in arms.items():
         for kind, metric in ratios(metrics).items():
             low, high = metric["low"], metric["high"]

@@ -9,8 +9,9 @@ their medians compared; `bench/efficiency` is bare over real.
 
 `rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn, and
 the bare forwards likewise: `bench/rollout/bare_speedup` is what these cores give to processes that
-share nothing. With `judged` finished groups are judged beside those that are still sampled, as in a
-run: one worker leaves the judges a core of their own, as many workers as cores do not.
+share nothing. Each turn starts a cluster of its own and ends it: as in a run, no other one sits on
+the machine meanwhile. With `judged` finished groups are judged beside those that are still sampled,
+as in a run: one worker leaves the judges a core of their own, as many workers as cores do not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.progress import Progress
 from rlhf import config as config_module
 from rlhf.bare import builder, work_of
 from rlhf.cluster import make_cluster, room_for
-from rlhf.cluster.base import Cluster, ClusterConfig
+from rlhf.cluster.base import Cluster, ClusterConfig, Recipe
 from rlhf.cluster.pool import Here, Pool, Workers
 from rlhf.errors import ConfigError
 from rlhf.files import atomic_write_text, json_text
@@ -74,14 +75,17 @@ class StepConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingConfig(StepConfig):
     """See StepConfig; the rollout workers of the configuration are compared with one, without
-    judges unless they are `judged` too.
+    judges unless they are `judged` too, in `turns` of `repeats` iterations each.
     """
 
-    repeats: int = 8
+    repeats: int = 3
+    turns: int = 4
     judged: bool = False
 
     def check(self) -> None:
         StepConfig.check(self)
+        if self.turns < 1:
+            raise ConfigError(f"turns: expected at least 1, got {self.turns}: 4 is usual")
         c = self.target().cluster
         if c.kind != "ray" or c.rollout_workers < 2:
             raise ConfigError(
@@ -111,12 +115,8 @@ class Stopwatch:
 class Bench:
     """Everything that is timed for one configuration; use it as a context manager."""
 
-    def __init__(
-        self, config: AlignConfig, clusters: Mapping[str, ClusterConfig], judged: bool = True
-    ) -> None:
+    def __init__(self, config: AlignConfig, clusters: Mapping[str, ClusterConfig]) -> None:
         prompts, recipe = load_prompts(config.prompts), config.recipe()
-        if not judged:
-            recipe = replace(recipe, judges=(), statistics=False)
         self.config, self.plan = config, Plan.of(config, prompts)
         self.watches = {name: Stopwatch() for name in clusters}
         self._clusters: dict[str, Cluster] = {}
@@ -140,20 +140,6 @@ class Bench:
         """Run iteration `number` on every cluster, one after the other."""
         for name, cluster in self._clusters.items():
             align(cluster, replace(self.plan, iterations=number), self.watches[name], number - 1)
-
-    def rollouts(self, number: int) -> dict[str, float]:
-        """Seconds of the rollout phase of iteration `number` on every cluster, one after the other.
-        Judges are waited for in between.
-        """
-        seconds = {}
-        for name, cluster in self._clusters.items():
-            version, request = cluster.publish("behaviour"), self.plan.request(number)
-            began = time.monotonic()
-            refs = cluster.rollout(request, version)
-            seconds[name] = time.monotonic() - began
-            cluster.score(refs)
-            cluster.release(refs)
-        return seconds
 
 
 @dataclass
@@ -216,35 +202,65 @@ def scaling(config: ScalingConfig) -> dict[str, Any]:
     raises.
     """
     began, target = time.monotonic(), config.target()
-    many = target.cluster.rollout_workers
-    clusters = {str(n): replace(target.cluster, rollout_workers=n) for n in (1, many)}
-    bare: list[dict[int, float]] = []
-    with (
-        room_for(*clusters.values()),
-        BareTimes(target) as times,
-        Bench(target, clusters, config.judged) as bench,
-    ):
-        taken = []
-        for number in range(1, config.repeats + 2):
-            taken.append(bench.rollouts(number))
-            prompts = bench.plan.request(number).prompts
-            bare.append({n: times.shared(prompts, n) for n in (1, many)})
-    taken = taken[1:]
-    one, all_ = (statistics.median(seconds[str(n)] for seconds in taken) for n in (1, many))
-    bare_one, bare_all = (statistics.median(seconds[n] for seconds in bare[1:]) for n in (1, many))
+    many, plan = target.cluster.rollout_workers, Plan.of(target, load_prompts(target.prompts))
+    taken: dict[int, list[float]] = {1: [], many: []}
+    bare: dict[int, list[float]] = {1: [], many: []}
+    with room_for(target.cluster):
+        for _ in range(config.turns):
+            for workers, seconds in taken.items():
+                cluster = replace(target.cluster, rollout_workers=workers)
+                recipe = sampling(replace(target, cluster=cluster), config.judged)
+                seconds += rollouts(recipe, plan, config.repeats)
+            with BareTimes(target) as times:
+                for number in range(1, config.repeats + 2):
+                    prompts = plan.request(number).prompts
+                    for workers, seconds in bare.items():
+                        took = times.shared(prompts, workers)
+                        seconds += [took] * (number > 1)
+    one, all_ = (statistics.median(taken[n]) for n in (1, many))
     figures = {
         "bench/rollout/speedup": one / all_,
-        "bench/rollout/bare_speedup": bare_one / bare_all,
+        "bench/rollout/bare_speedup": statistics.median(bare[1]) / statistics.median(bare[many]),
         "bench/rollout/one_seconds": one,
         "bench/rollout/all_seconds": all_,
     }
     table: dict[str, dict[str, float | int]] = {
-        name: {"value": value, "n": config.repeats} for name, value in figures.items()
+        name: {"value": value, "n": len(taken[1])} for name, value in figures.items()
     }
     table["bench/rollout/workers"] = {"value": many}
     return _kept(
-        config, "bench scaling", began, table, judged=config.judged, seconds_by_repeat=taken
+        config,
+        "bench scaling",
+        began,
+        table,
+        judged=config.judged,
+        rollout_seconds={str(n): values for n, values in taken.items()},
+        bare_seconds={str(n): values for n, values in bare.items()},
     )
+
+
+def sampling(config: AlignConfig, judged: bool) -> Recipe:
+    """The recipe of a configuration, without judges unless they are asked for."""
+    recipe = config.recipe()
+    return recipe if judged else replace(recipe, judges=(), statistics=False)
+
+
+def rollouts(recipe: Recipe, plan: Plan, repeats: int) -> list[float]:
+    """Seconds of the rollout phase of iterations 2 to 1 + `repeats`, on a cluster of their own.
+    Judges are waited for in between.
+    """
+    taken, cluster = [], make_cluster(recipe)
+    try:
+        for number in range(1, repeats + 2):
+            version, request = cluster.publish("behaviour"), plan.request(number)
+            began = time.monotonic()
+            refs = cluster.rollout(request, version)
+            taken.append(time.monotonic() - began)
+            cluster.score(refs)
+            cluster.release(refs)
+    finally:
+        cluster.close()
+    return taken[1:]
 
 
 def _kept(
@@ -270,7 +286,8 @@ def plan_scaling(config: ScalingConfig) -> str:
     """What is timed, for --dry-run."""
     c = config.target()
     return (
-        f"{config.repeats + 1} times: {c.prompts_per_iteration} groups of {c.group_size} with 1 and"
+        f"{config.turns} turns of {config.repeats + 1} iterations:"
+        f" {c.prompts_per_iteration} groups of {c.group_size} with 1 and"
         f" with {c.cluster.rollout_workers} workers of {c.cluster.rollout_threads} threads,"
         f" {'judged beside it' if config.judged else 'without judges'}"
     )

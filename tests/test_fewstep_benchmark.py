@@ -51,14 +51,15 @@ def test_a_tiny_student_is_measured_once(tiny_base, tmp_path):
     run = tmp_path / "runs" / "tiny"
     base, judge = str(tiny_base), judge_spec("named")
     small = [f"teacher={base}", f"baseline={base}", "teacher_steps=3", "parts=[text]", "n=4"]
-    words = [f"arm={run}", "--out", str(tmp_path), "--set", *small, f"judges=[{judge}]"]
+    words = [f"arm={run}", "--name", "one", "--out", str(tmp_path), "--set", *small]
+    words += [f"judges=[{judge}]"]
     fewstep.main([*words, "per_prompt=2"])
-    result = json.loads((tmp_path / "fewstep.json").read_text())
+    result = json.loads((tmp_path / "one.json").read_text())
     assert "arm/fewstep/2/text/preference/named" in result["metrics"]
     assert result["settings"]["teacher"] == base and list(result["runs"]["arm"]) == [str(run)]
-    before = Run(run).read_json("evaluations/fewstep.json")
+    before = Run(run).read_json("evaluations/one.json")
     fewstep.main(words)
-    assert Run(run).read_json("evaluations/fewstep.json") == before
+    assert Run(run).read_json("evaluations/one.json") == before
 
 
 def test_an_arm_needs_a_run():

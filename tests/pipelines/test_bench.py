@@ -198,14 +198,15 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
     more = ("cluster.kind=ray", "cluster.rollout_workers=2")
     out = tmp_path / "scaling.json"
     config = bench.ScalingConfig(
-        align="align/hybrid", overrides=settings(tiny_base, *more), repeats=2, out=str(out)
-    )
+        align="align/hybrid", overrides=settings(tiny_base, *more), repeats=2, turns=1,
+        out=str(out),
+    )  # fmt: skip
     config.check()
     result = bench.scaling(config)
     assert json.loads(out.read_text()) == result and result["judged"] is False
     value = {n: m["value"] for n, m in result["metrics"].items()}
-    taken = result["seconds_by_repeat"]
-    assert len(taken) == 2 and all(set(seconds) == {"1", "2"} for seconds in taken)
+    for name in ("rollout_seconds", "bare_seconds"):
+        assert {n: len(seconds) for n, seconds in result[name].items()} == {"1": 2, "2": 2}
     ratio = value["bench/rollout/one_seconds"] / value["bench/rollout/all_seconds"]
     assert value["bench/rollout/speedup"] == pytest.approx(ratio)
     assert 0.5 < value["bench/rollout/bare_speedup"] < 4
@@ -214,11 +215,10 @@ def test_one_rollout_worker_is_compared_with_two(tiny_base, tmp_path, ray_head):
 
 def test_sampling_is_timed_with_nobody_judging_unless_asked(tiny_base):
     config = small(tiny_base).target()
-    local = {"1": config.cluster}
-    with bench.Bench(config, local, judged=False) as alone, bench.Bench(config, local) as judged:
-        found = [one._clusters["1"].cards() for one in (alone, judged)]
-        assert not found[0] and [card.name for card in found[1]] == ["oracle/fidelity"]
-        assert alone.rollouts(1)["1"] > 0
+    alone, judged = (bench.sampling(config, judged) for judged in (False, True))
+    assert not alone.judges and judged.judges == ("oracle/fidelity",)
+    plan = Plan.of(config, load_prompts(config.prompts))
+    assert len(taken := bench.rollouts(alone, plan, repeats=2)) == 2 and min(taken) > 0
     assert "judged beside it" in bench.plan_scaling(bench.ScalingConfig(judged=True))
     assert "without judges" in bench.plan_scaling(bench.ScalingConfig())
 
