@@ -26,7 +26,7 @@ from rlhf.distill.matching import DistributionMatching, MatchingConfig
 from rlhf.distill.method import Consistency, Method, OnPolicy, Segments
 from rlhf.distill.objectives import path_weights
 from rlhf.distill.student import Shown, distance, distil, give_grid, start_from, write_model
-from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers
+from rlhf.distill.teachers import TeacherConfig, Teachers, open_teachers, own_levels
 from rlhf.distill.trajectories import Trajectories, make_ahead, open_trajectories
 from rlhf.distributed import Ranks, session
 from rlhf.errors import ConfigError
@@ -157,11 +157,15 @@ class Parts:
     teachers: Teachers
     prompts: Sequence[Prompt]
     shown: Sequence[Prompt]
-    teacher_grids: Grids  # the usual ones
+    teacher_grids: Grids  # the usual ones, or the levels that teachers were distilled to
 
 
-def _parts(config: DistillConfig, steps: int, ranks: Ranks) -> Parts:
-    """Opened and checked; `steps` are the student's. Raises ConfigError or PromptError."""
+def _parts(
+    config: DistillConfig, steps: int, ranks: Ranks, levels: Sequence[float] = ()
+) -> Parts:
+    """Opened and checked; `steps` are the student's, `levels` those that teachers were distilled
+    to. Raises ConfigError or PromptError.
+    """
     ranks.share(range(config.pace.micro_batches))  # as every step will be
     prompts, shown = load_prompts(config.prompts), load_prompts(config.shown)
     base = describe(config.student.model)
@@ -176,7 +180,8 @@ def _parts(config: DistillConfig, steps: int, ranks: Ranks) -> Parts:
     moved = bool(config.start) and start_from(policy, str(config.start), config.start_slot)
     teachers = open_teachers(policy, config.teachers, apart=moved)
     teachers.check(sorted({p.category for p in (*prompts, *shown)}), steps)
-    grids = {size: policy.sigmas(config.teacher_steps, size) for size in sizes}
+    own = (*levels, 0.0) if levels else None
+    grids = {size: own or policy.sigmas(config.teacher_steps, size) for size in sizes}
     return Parts(
         ranks=ranks,
         policy=policy,
@@ -285,8 +290,16 @@ def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]
 
 
 def _fewstep(config: FewstepConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
-    knots = grid_of(config.grid)
-    parts = _parts(config, len(knots) - 1, ranks)
+    knots, levels = grid_of(config.grid), own_levels(config.teachers)
+    if levels and (config.method == "dmd" or set(knots[:-1]) - set(levels)):
+        raise ConfigError(
+            "teachers: expected ones of the usual grid, since dmd asks them at any noise level, got"
+            f" one that was distilled to {list(levels)}: write method=segments"
+            if config.method == "dmd"
+            else f"grid: expected some of the levels {list(levels)} that the teacher was distilled"
+            f" to, got {list(knots[:-1])}: leave some of them out"
+        )
+    parts = _parts(config, len(knots) - 1, ranks, levels)
     grids = {size: through(usual, knots) for size, usual in parts.teacher_grids.items()}
     give_grid(parts.policy.pipeline, knots)
     home = open_run(config, "distill fewstep", resume, ranks)
@@ -316,6 +329,11 @@ def opd(config: OpdConfig, resume: Path | None = None) -> dict[str, Any]:
 
 
 def _opd(config: OpdConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
+    if levels := own_levels(config.teachers):
+        raise ConfigError(
+            "teachers: expected ones of the usual grid, whose states the student visits, got one"
+            f" that was distilled to {list(levels)}: name its base, or a run of align"
+        )
     parts = _parts(config, config.steps, ranks)
     grids = {size: parts.policy.sigmas(config.steps, size) for size in parts.teacher_grids}
     weights = {size: [1.0] * config.steps for size in grids}

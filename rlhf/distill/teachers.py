@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.distill.bundles import Bundle, Field, field_of
 from rlhf.errors import ConfigError
 from rlhf.policies.config import PolicyConfig
-from rlhf.policies.open import Opening, open_policy
+from rlhf.policies.open import Opening, describe_opening, open_policy
 from rlhf.policies.pipeline import PipelinePolicy
 from rlhf.weights import checksum
 
@@ -144,6 +144,30 @@ class Spoken:
                 self._open[name] = self.teachers.every[name].field(self.bundle)
             total += share * self._open[name](x, sigma)
         return total
+
+
+def own_levels(configs: Mapping[str, TeacherConfig]) -> tuple[float, ...]:
+    """The noise levels that teachers were distilled to: the only ones at which they can be asked.
+    Empty where none of them was.
+
+    Raises:
+        ConfigError: levels of two kinds, guidance on a teacher that has levels, or no such model.
+    """
+    named = {name: one for name, one in configs.items() if one.model is not None}
+    levels = {n: describe_opening(Opening(model=str(t.model))).levels for n, t in named.items()}
+    levels = {name: found for name, found in levels.items() if found}
+    if len(set(levels.values())) > 1:
+        raise ConfigError(
+            f"teachers: expected distilled ones to have the same noise levels, got {levels}: take"
+            " teachers of one grid"
+        )
+    for name in levels:
+        if configs[name].guidance > 1:
+            raise ConfigError(
+                f"teachers.{name}.guidance: expected 1 for a teacher that was distilled to noise"
+                f" levels of its own, got {configs[name].guidance}: its guidance is in its weights"
+            )
+    return next(iter(levels.values()), ())
 
 
 def open_teachers(

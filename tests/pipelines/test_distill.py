@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines import distill, evaluate, generate
 from pipelines.cli import main
 from pipelines.distill import FewstepConfig, OpdConfig
 from rlhf import checkpoint, config
+from rlhf.distill.bundles import Bundles
+from rlhf.distill.trajectories import student_states
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.policies.open import Opening, open_policy
+from rlhf.prompts import load_prompts
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from tests.pipelines.conftest import make_run
@@ -338,6 +342,43 @@ def test_a_student_that_has_levels_of_its_own_is_no_base(tiny_base, tmp_path):
         distill.fewstep(few(tiny_base, tmp_path, f"student.model={made}", "name=next"))
     again = few(tiny_base, tmp_path, f"start={made.parent}", "name=next", "pace.steps=1")
     assert distill.fewstep(again)["teachers_unchanged"]
+
+
+def test_a_distilled_teacher_is_followed_at_its_own_levels(tiny_base, tmp_path):
+    """Progressive distillation (arXiv:2202.00512): four steps into two, then those into one."""
+    levels = [1.0, 0.9, 0.7, 0.4]
+    distill.fewstep(few(tiny_base, tmp_path, f"grid={levels}", "name=four"))
+    runs = tmp_path / "runs"
+    teacher = f"teachers={{base: {{model: {runs / 'four'}, guidance: 1}}}}"
+    two = few(tiny_base, tmp_path, teacher, "grid=[1,0.7]", "name=two", "per=1", "copies=1")
+    assert distill.fewstep(two)["teachers_unchanged"]
+    found = {p: load_file(p)["states"] for p in (runs / "two" / "trajectories").iterdir()}
+    policy = open_policy(Opening(model=str(runs / "four"))).policy
+    prompts = load_prompts(two.prompts)
+    (bundle,) = Bundles(prompts, policy, (64, 64), per=1, copies=1, noises=2, seed=0, parts=1).at(1)
+    x = bundle.noises(policy)
+    way = student_states(policy, bundle, [*levels, 0.0], x, 4)
+    expected = torch.stack([x, way[2], way[4]])
+    assert sum(torch.allclose(states, expected, atol=1e-5) for states in found.values()) == 1
+
+    def refused(words, *more):
+        with pytest.raises(ConfigError, match=words):
+            distill.fewstep(few(tiny_base, tmp_path, teacher, "name=no", *more))
+
+    refused("some of the levels .* leave some of them out", "grid=[1,0.5]")
+    refused("since dmd asks them at any noise level", "grid=[1,0.7]", "method=dmd")
+    guided = f"teachers={{base: {{model: {runs / 'four'}}}}}"
+    with pytest.raises(ConfigError, match="its guidance is in its weights"):
+        distill.fewstep(few(tiny_base, tmp_path, guided, "grid=[1,0.7]", "name=no"))
+    both = f"teachers={{a: {{model: {runs / 'four'}, guidance: 1}}, b: {{model: {runs / 'two'}}}}}"
+    with pytest.raises(ConfigError, match="the same noise levels"):
+        distill.fewstep(few(tiny_base, tmp_path, both, "grid=even-1", "name=no"))
+    own = config.load(
+        OpdConfig, None, arguments(tiny_base, tmp_path, teacher, "name=no"), "distill"
+    )
+    with pytest.raises(ConfigError, match="whose states the student visits"):
+        distill.opd(own)
+    assert not (runs / "no").exists()
 
 
 def test_plans_count_rows():
