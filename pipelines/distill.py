@@ -160,9 +160,7 @@ class Parts:
     teacher_grids: Grids  # the usual ones, or the levels that teachers were distilled to
 
 
-def _parts(
-    config: DistillConfig, steps: int, ranks: Ranks, levels: Sequence[float] = ()
-) -> Parts:
+def _parts(config: DistillConfig, steps: int, ranks: Ranks, levels: Sequence[float] = ()) -> Parts:
     """Opened and checked; `steps` are the student's, `levels` those that teachers were distilled
     to. Raises ConfigError or PromptError.
     """

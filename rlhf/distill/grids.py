@@ -17,6 +17,9 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "even-1": (1.0,),
     "even-2": (1.0, 0.5),
     "even-4": (1.0, 0.75, 0.5, 0.25),
+    # denser where a picture's layout is settled; ours, see docs/distillation.md
+    "early-2": (1.0, 0.75),
+    "early-4": (1.0, 0.9, 0.75, 0.5),
     # the one that Qwen-Image-2.1-Turbo is configured with
     "turbo-8": (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568),
 }
