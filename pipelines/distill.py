@@ -289,13 +289,15 @@ def fewstep(config: FewstepConfig, resume: Path | None = None) -> dict[str, Any]
 
 def _fewstep(config: FewstepConfig, resume: Path | None, ranks: Ranks) -> dict[str, Any]:
     knots, levels = grid_of(config.grid), own_levels(config.teachers)
-    if levels and (config.method == "dmd" or set(knots[:-1]) - set(levels)):
+    if levels and config.method == "dmd":
         raise ConfigError(
             "teachers: expected ones of the usual grid, since dmd asks them at any noise level, got"
             f" one that was distilled to {list(levels)}: write method=segments"
-            if config.method == "dmd"
-            else f"grid: expected some of the levels {list(levels)} that the teacher was distilled"
-            f" to, got {list(knots[:-1])}: leave some of them out"
+        )
+    if levels and set(knots[:-1]) - set(levels):
+        raise ConfigError(
+            f"grid: expected some of the levels {list(levels)} that the teacher was distilled to,"
+            f" got {list(knots[:-1])}: leave the others out"
         )
     parts = _parts(config, len(knots) - 1, ranks, levels)
     grids = {size: through(usual, knots) for size, usual in parts.teacher_grids.items()}

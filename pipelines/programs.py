@@ -180,7 +180,7 @@ PROGRAMS = (
         "distil a guided teacher into a student of a few steps without guidance",
         (
             "rlhf distill fewstep --config distill/fewstep",
-            "rlhf distill fewstep --config distill/fewstep_dmd start=runs/fewstep",
+            "rlhf distill fewstep --config distill/fewstep_dmd",
             "rlhf distill fewstep --resume runs/fewstep",
         ),
         resumable=True,

@@ -365,7 +365,7 @@ def test_a_distilled_teacher_is_followed_at_its_own_levels(tiny_base, tmp_path):
         with pytest.raises(ConfigError, match=words):
             distill.fewstep(few(tiny_base, tmp_path, teacher, "name=no", *more))
 
-    refused("some of the levels .* leave some of them out", "grid=[1,0.5]")
+    refused("some of the levels .* leave the others out", "grid=[1,0.5]")
     refused("since dmd asks them at any noise level", "grid=[1,0.7]", "method=dmd")
     guided = f"teachers={{base: {{model: {runs / 'four'}}}}}"
     with pytest.raises(ConfigError, match="its guidance is in its weights"):
