@@ -211,12 +211,8 @@ def scaling(config: ScalingConfig) -> dict[str, Any]:
                 cluster = replace(target.cluster, rollout_workers=workers)
                 recipe = sampling(replace(target, cluster=cluster), config.judged)
                 seconds += rollouts(recipe, plan, config.repeats)
-            with BareTimes(target) as times:
-                for number in range(1, config.repeats + 2):
-                    prompts = plan.request(number).prompts
-                    for workers, seconds in bare.items():
-                        took = times.shared(prompts, workers)
-                        seconds += [took] * (number > 1)
+            for workers, seconds in bare_rollouts(target, plan, config.repeats).items():
+                bare[workers] += seconds
     one, all_ = (statistics.median(taken[n]) for n in (1, many))
     figures = {
         "bench/rollout/speedup": one / all_,
@@ -261,6 +257,18 @@ def rollouts(recipe: Recipe, plan: Plan, repeats: int) -> list[float]:
     finally:
         cluster.close()
     return taken[1:]
+
+
+def bare_rollouts(config: AlignConfig, plan: Plan, repeats: int) -> dict[int, list[float]]:
+    """Seconds of the bare forwards of the same iterations in one process and in as many as there
+    are rollout workers, in turn.
+    """
+    taken: dict[int, list[float]] = {1: [], config.cluster.rollout_workers: []}
+    with BareTimes(config) as times:
+        for number in range(1, repeats + 2):
+            for processes, seconds in taken.items():
+                seconds.append(times.shared(plan.request(number).prompts, processes))
+    return {processes: seconds[1:] for processes, seconds in taken.items()}
 
 
 def _kept(
