@@ -2,6 +2,7 @@
 
     python -m benchmarks.agreement
     python -m benchmarks.agreement --arms nft grpo --groups 96
+    python -m benchmarks.agreement --arms edits-instruction edits-consistency edits-both --across
 
 One group is one prompt with its pictures. Its gradient over all weights of the embedded base,
 before any update, is a little of what better pictures need and a lot of the noise that happened to
@@ -12,8 +13,10 @@ pictures a run needs. A forward-process loss is averaged over six draws of noise
 iteration of `align/hybrid`; a ratio loss, whose noise is that of the rollout, has one gradient.
 
 Agreement is a direction in common, not a gain: what guidance does to every picture counts as well
-(`grpo` beside `grpo-recentred`, `nft` beside `nft-unguided`). Writes
-benchmarks/results/agreement.json.
+(`grpo` beside `grpo-recentred`, `nft` beside `nft-unguided`). With `--across`,
+`agreement/<arm>/<arm>` is the mean cosine between a group's gradient in one arm and that of another
+group in the other: below 0, what the two ask for takes from each other. Writes
+benchmarks/results/<name>.json, agreement.json unless --name gives another.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from rlhf.run import machine, report
 
 UNGUIDED = ("align/grpo", "rollout.guidance=1.0")
 SHARED = (*UNGUIDED, "rollout.shared_noise=true")
+EDITS = ("align/hybrid", "prompts.source=scenes/edits@train")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "nft": ("align/hybrid",),
     "nft-unguided": ("align/unguided",),
@@ -58,6 +62,9 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "unguided-shared-noise": SHARED,
     "unguided-shared-step-2": (*SHARED, "rollout.window=[2,3]"),
     "unguided-shared-more-noise": (*SHARED, "rollout.noise_level=1.2"),
+    "edits-instruction": (*EDITS, "judges=[oracle/instruction]"),
+    "edits-consistency": (*EDITS, "judges=[oracle/consistency]"),
+    "edits-both": (*EDITS, "judges=[oracle/instruction,oracle/consistency]"),
 }
 DRAWS = 6  # of noise and level for each group of a forward-process loss
 
@@ -91,19 +98,25 @@ def gradients(c: Config) -> Float[Tensor, "p d"]:
     return torch.stack(rows)
 
 
-def agreement(rows: Float[Tensor, "p d"]) -> dict[str, float | int]:
+def agreement(
+    rows: Float[Tensor, "p d"], others: Float[Tensor, "p d"] | None = None
+) -> dict[str, float | int]:
     """Mean cosine of two rows, and mean +- 1.96 standard errors by the jackknife over rows.
+
+    With `others`, that of one of `rows` and one of `others` which is not of the same group.
 
     A pair shares a row with many others, so pairs are not independent observations: rows are. Where
     nothing is in common the interval is too wide, by up to a factor of sqrt(2).
     Rows of zeros (a group without a live sample) are left out. Raises ValueError for fewer than 3.
     """
-    norms = rows.norm(dim=1)
-    units = (rows[norms > 0] / norms[norms > 0, None]).double()
+    others = rows if others is None else others
+    live = (rows.norm(dim=1) > 0) & (others.norm(dim=1) > 0)
+    units, beside = (part[live] / part[live].norm(dim=1, keepdim=True) for part in (rows, others))
     n = len(units)
     if n < 3:
         raise ValueError(f"expected at least 3 groups with a gradient, got {n}: raise --groups")
-    cosines = units @ units.T
+    cosines = (units @ beside.T).double()
+    cosines = (cosines + cosines.T) / 2
     cosines.fill_diagonal_(0)
     total, own = cosines.sum(), cosines.sum(dim=1)
     mean = total / (n * (n - 1))
@@ -120,16 +133,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, as for rlhf align")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     parser.add_argument("--groups", type=int, default=48)
+    parser.add_argument("--across", action="store_true", help="arms with each other as well")
+    parser.add_argument("--name", default="agreement")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked, began = parser.parse_args(argv), time.monotonic()
     torch.set_num_threads(1)
     metrics = {}
+    kept: dict[str, Tensor] = {}
+
+    def found(name: str, *rows: Tensor) -> None:
+        it = metrics[f"agreement/{name}"] = agreement(*rows)
+        print(f"{name:36s} {it['value']:+.4f} [{it['low']:+.4f}, {it['high']:+.4f}]")
+
     for arm in asked.arms:
         base, *own = ARMS[arm]
         shape = ["cluster.kind=local", f"prompts_per_iteration={asked.groups}"]
         c = config.load(Config, base, [*shape, *own, *asked.overrides], "align")
-        found = metrics[f"agreement/{arm}"] = agreement(gradients(c))
-        print(f"{arm:28s} {found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]")
+        rows = gradients(c)
+        found(arm, rows)
+        for other, its in kept.items():
+            found(f"{other}/{arm}", its, rows)
+        if asked.across:
+            kept[arm] = rows
     result = report(
         "benchmarks.agreement",
         time.monotonic() - began,
@@ -138,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arms={arm: list(ARMS[arm]) for arm in asked.arms},
         machine=machine(),
     )
-    atomic_write_text(asked.out / "agreement.json", json_text(result))
+    atomic_write_text(asked.out / f"{asked.name}.json", json_text(result))
 
 
 if __name__ == "__main__":

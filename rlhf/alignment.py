@@ -1,7 +1,7 @@
 """The learner of an alignment run: rollouts and advantages in, new weights out.
 
 Guidance of the objective is `train_guidance`, 1 by default: the unconditional branch is not
-evaluated at all. The micro-batch is the group. All draws are keyed by (seed, iteration, update,
+evaluated at all. That of the field that a KL holds it near is `reference_guidance`. The micro-batch is the group. All draws are keyed by (seed, iteration, update,
 group).
 """
 
@@ -53,6 +53,10 @@ class AlignmentConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     staleness: int = 0  # updates that rollouts may be older than the weights they train
+
+    def guidance_of(self, slot: str) -> float:
+        """Guidance of a slot's field in the objective."""
+        return self.reference_guidance if slot == "reference" else self.train_guidance
 
 
 class AlignmentLearner:
@@ -185,27 +189,23 @@ class AlignmentLearner:
             return self._forward_process(rollouts, advantage_G, weight_G, update)
         return self._ratio(rollouts, advantage_G, weight_G, update)
 
-    def _conditions(self, rollouts: Rollouts) -> tuple[Condition, Condition | None]:
+    def _conditions(self, rollouts: Rollouts, guided: bool) -> list[Condition]:
         prompt = rollouts.ref.prompt
         sources = [images.load_image(p) for p in prompt.sources]
-        condition = self.policy.encode(prompt.text, sources)
-        guided = self.config.train_guidance > 1
-        return condition, self.policy.encode(prompt.negative, sources) if guided else None
+        texts = (prompt.text, prompt.negative) if guided else (prompt.text,)
+        return [self.policy.encode(text, sources) for text in texts]
 
     def _velocity(self, x: Tensor, sigma: Tensor, rollouts: Rollouts, slot: str) -> Tensor:
-        """The field that is trained: v_c, or the guided one where `train_guidance` says so."""
+        """The field of a slot: v_c, or the guided one where its guidance says so."""
         size = (rollouts.geometry.height, rollouts.geometry.width)
-        fields = []
-        for condition in self._conditions(rollouts):
-            if condition is not None:
-                shared = rollouts.geometry.cached_prefix
-                prefix = self.policy.prefix(condition, slot, once=True) if shared else None
-                fields.append(
-                    self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
-                )
-        if len(fields) == 1:
-            return fields[0]
-        return fields[1] + self.config.train_guidance * (fields[0] - fields[1])
+        guidance, fields = self.config.guidance_of(slot), []
+        for condition in self._conditions(rollouts, guidance > 1):
+            shared = rollouts.geometry.cached_prefix
+            prefix = self.policy.prefix(condition, slot, once=True) if shared else None
+            fields.append(
+                self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
+            )
+        return fields[0] if len(fields) == 1 else kernels.guide(*fields, guidance)
 
     def _forward_process(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
         loss, key = self.config.loss, (self.config.seed, self.iteration, update, rollouts.ref.group)

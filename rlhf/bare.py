@@ -46,7 +46,7 @@ class Work:
     updates: int
     train_rows: int  # rows of one training call, which goes forward and backward
     train_branches: int  # calls that make up the trained field; 2 with guidance in the loss
-    still: int  # fields without gradient per group and update: the old one, the reference's
+    still: tuple[int, ...]  # calls of each field without gradient: the old one's, the reference's
     replayed: int  # further ones in the first update, for old log-probs that are computed again
     cached_prefix: bool
 
@@ -62,7 +62,8 @@ class Work:
     @property
     def still_calls(self) -> int:
         """Forward alone, in training."""
-        return self.groups * (self.updates * self.still + self.replayed) * self.train_branches
+        replayed = self.replayed * self.train_branches
+        return self.groups * (self.updates * sum(self.still) + replayed)
 
     def _rows(self) -> int:
         return self.shared + (self.steps - self.shared) * self.group_size
@@ -87,6 +88,9 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
     """
     loss = alignment.loss
     ratio = loss.loss.form is not None
+    branches = 2 if alignment.train_guidance > 1 else 1
+    old = () if ratio else (branches,)
+    near = (2 if alignment.guidance_of(slot) > 1 else 1 for slot, _ in loss.penalties)
     trained = len(sampler.trained) or sampler.window[1] - sampler.window[0]
     return Work(
         groups=groups,
@@ -96,8 +100,8 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
         branches=2 if sampler.guidance > 1 else 1,
         updates=loss.updates_per_rollout,
         train_rows=group_size * (trained if ratio else 1),
-        train_branches=2 if alignment.train_guidance > 1 else 1,
-        still=int(not ratio) + len(loss.penalties),
+        train_branches=branches,
+        still=(*old, *near),
         replayed=int(ratio and loss.old_logp == "replay"),
         cached_prefix=sampler.cached_prefix,
     )
@@ -130,18 +134,20 @@ class Bare:
 
     def train(self, prompts: Sequence[Prompt]) -> float:
         """The forwards and backwards of all updates on one group of each prompt."""
-        conditions = [self._conditions(prompt, self.work.train_branches) for prompt in prompts]
+        trained = self.work.train_branches
+        most = max(trained, *self.work.still, 1)
+        conditions = [self._conditions(prompt, most) for prompt in prompts]
         inputs = [self._inputs(self.work.train_rows, self._size(prompt)) for prompt in prompts]
         parameters = list(self.policy.slots.parameters.values())
         began = time.perf_counter()
         for update in range(self.work.updates):
-            still = self.work.still + (self.work.replayed if update == 0 else 0)
+            replayed = (trained,) * (self.work.replayed if update == 0 else 0)
             for given, branches in zip(inputs, conditions, strict=True):
                 with torch.no_grad():
-                    for _ in range(still):
-                        for condition in branches:
+                    for calls in (*self.work.still, *replayed):
+                        for condition in branches[:calls]:
                             self._velocity(*given, condition)
-                fields = [self._velocity(*given, condition) for condition in branches]
+                fields = [self._velocity(*given, condition) for condition in branches[:trained]]
                 torch.stack(fields).square().mean().backward()
             for parameter in parameters:
                 parameter.grad = None

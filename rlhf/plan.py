@@ -64,7 +64,8 @@ class Config:
     `scheme`. With `staleness` above 0 samples are made while earlier ones train, on weights that
     are that many updates older. `ema`: slot `ema` keeps this share of itself at every update; 0 =
     there is none. `refill`: rounds in which groups without a live sample are replaced by those of
-    further prompts.
+    further prompts. With `reference_guidance` above 1 the reference that `loss.kl` holds the weights
+    near is the guided base: the unguided policy takes its guidance in.
     """
 
     name: str = "align"
@@ -111,9 +112,10 @@ class Config:
                 f" ({self.rollout.guidance}), got"
                 f" {self.train_guidance}: the old log-prob must belong to the field that is trained"
             )
-        if self.reference_guidance != 1.0:
+        if self.reference_guidance < 1 or (self.reference_guidance > 1 and self.loss.kl <= 0):
             raise ConfigError(
-                "reference_guidance: only 1 is supported; above it the KL would distil guidance"
+                "reference_guidance: expected 1, or more with loss.kl above 0, whose reference it"
+                f" guides, got {self.reference_guidance} and loss.kl={self.loss.kl}"
             )
         self._check_loss()
         self._check_numbers()

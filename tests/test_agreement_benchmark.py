@@ -40,12 +40,21 @@ def test_a_group_that_teaches_nothing_is_left_out_and_too_few_are_refused():
         agreement.agreement(rows[:3])
 
 
+@pytest.mark.parametrize("common", [0.0, 0.5])
+def test_across_arms_a_group_is_compared_with_other_groups_alone(common):
+    these, expected = rows(0, 60, common), -(common**2) / (1 + common**2)
+    found = agreement.agreement(these, -these)
+    assert found["low"] < expected < found["high"]
+    assert found["value"] == pytest.approx(expected, abs=0.02)
+
+
 def test_every_arm_is_a_configuration_and_the_figures_are_written(tmp_path, tiny_base):
     small = [f"policy.model={tiny_base}", "group_size=4", "rollout.steps=6", "prompts.count=8"]
-    given = ["--groups", "4", "--out", str(tmp_path), *small]
+    given = ["--groups", "4", "--across", "--name", "two", "--out", str(tmp_path), *small]
     agreement.main(["--arms", "nft", "unguided-shared-noise", *given])
-    metrics = json.loads((tmp_path / "agreement.json").read_text())["metrics"]
-    assert set(metrics) == {"agreement/nft", "agreement/unguided-shared-noise"}
+    metrics = json.loads((tmp_path / "two.json").read_text())["metrics"]
+    arms = "nft", "unguided-shared-noise", "nft/unguided-shared-noise"
+    assert set(metrics) == {f"agreement/{arm}" for arm in arms}
     assert all(-1 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in metrics.values())
     for base, *own in agreement.ARMS.values():
         agreement.config.load(agreement.Config, base, own, "align").check()

@@ -105,7 +105,14 @@ BAD = {
         ("rollout.guidance=1.0", "train_guidance=3.0"),
         "train_guidance: expected 1",
     ),
-    "guided reference": (("reference_guidance=3.0",), "reference_guidance: only 1"),
+    "a guided reference that nothing is held near": (
+        ("reference_guidance=3.0",),
+        "reference_guidance: expected 1, or more with loss.kl above 0",
+    ),
+    "a reference of less guidance than none": (
+        ("reference_guidance=0.5", "loss.kl=0.1"),
+        "reference_guidance: expected 1",
+    ),
     "guided evaluation below one": (("evaluation.guidance=0.2",), "guidance: expected 1"),
     "unknown loss": (("loss.name=ppo",), "loss.name: expected one of"),
     "ratio loss on an ode": (("loss.name=grpo",), "write rollout.kernel=flow-sde"),

@@ -34,6 +34,7 @@ LOSSES = {
         "rollout.kernel=dance", "rollout.window=[0,2]",
     ),
     "awm": ("loss.name=awm", "loss.kl=0.1"),
+    "a guided reference": ("loss.kl=0.1", "loss.kl_ema=0.1", "ema=0.9", "reference_guidance=2.0"),
     "uncached": ("rollout.cached_prefix=false",),
 }  # fmt: skip
 

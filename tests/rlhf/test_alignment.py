@@ -382,19 +382,24 @@ def test_each_update_of_a_rollout_is_an_optimiser_step_and_draws_its_own_noise(a
 # --- held near other weights ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("form", ["velocity", "gaussian"])
-def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(any_base, form):
-    """Against torch.distributions, on the rollouts the loss saw."""
-    pair = Pair(any_base, "grpo", kl=0.1, kl_form=form, updates_per_rollout=1)
+def test_the_kl_of_a_ratio_loss_is_that_of_its_transitions(any_base, form, guidance):
+    """Against torch.distributions, on the rollouts the loss saw; the reference guided or not."""
+    how = dict(kl=0.1, kl_form=form, reference_guidance=guidance)
+    pair = Pair(any_base, "grpo", updates_per_rollout=1, **how)
     got, policy, want = pair.roll(), pair.learner.policy, 0.0
     for one in got:
         t, grid = one.trajectory, one.schedule
         condition = policy.encode(one.ref.prompt.text)
+        empty = policy.encode(one.ref.prompt.negative)
         for x, index in zip(t.x_KGNC, t.index_K, strict=True):
-            level, size = torch.full((SIZE,), grid.sigmas[index]), (64, 64)
+            level, call = torch.full((SIZE,), grid.sigmas[index]), dict(size=(64, 64))
             with torch.no_grad():
-                v = policy.velocity(x, level, condition, size=size)
-                ref = policy.velocity(x, level, condition, size=size, slot="reference")
+                v = policy.velocity(x, level, condition, **call)
+                call |= dict(slot="reference")
+                ref, without = (policy.velocity(x, level, c, **call) for c in (condition, empty))
+            ref = without + guidance * (ref - without)
             per_dim = (v - ref).double().square()
             if form == "gaussian":
                 zero = torch.zeros_like(x)
@@ -418,6 +423,17 @@ def test_a_kl_alone_pulls_the_weights_back(any_base, loss, form):
     rows = [pair.learner.update(pair.roll(i), still).metrics for i in (1, 2, 3)]
     assert rows[0]["grad_norm"] > 0
     assert rows[2]["kl/velocity"] < 0.9 * rows[0]["kl/velocity"]
+
+
+def test_a_guided_reference_is_what_the_unguided_field_is_drawn_to(tiny_base):
+    """The diagnostics compare with the plain reference: its own guidance is what is taken in."""
+    how = dict(kl=10.0, reference_guidance=3.0, updates_per_rollout=8, lr=1e-3)
+    pair = Pair(tiny_base, "nft")
+    pair.learner = AlignmentLearner(make_policy(tiny_base), alignment("nft", **how))
+    still = replace(advantages(), value_PG=torch.zeros(GROUPS, SIZE))
+    rows = [pair.learner.update(pair.roll(i), still).metrics for i in (1, 2, 3)]
+    assert rows[2]["kl/reference"] < 0.9 * rows[0]["kl/reference"]
+    assert rows[2]["guidance/cosine"] > 0.2
 
 
 def test_the_running_average_follows_the_weights_update_by_update(tiny_base):

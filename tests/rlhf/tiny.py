@@ -102,7 +102,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def alignment(loss: str = "nft", lr: float = 1e-2, **changes) -> AlignmentConfig:
     """Wide clips, so that later updates still have a gradient."""
     known = dict(updates_per_rollout=2, clip_low=0.2, clip_high=0.2)
-    more = {name: changes.pop(name) for name in ("train_guidance", "ema") if name in changes}
+    own = ("train_guidance", "reference_guidance", "ema")
+    more = {name: changes.pop(name) for name in own if name in changes}
     return AlignmentConfig(
         loss=LossConfig(name=loss, **(known | changes)),
         learner=LearnerConfig(lr=lr),
