@@ -1,8 +1,8 @@
 """The learner of an alignment run: rollouts and advantages in, new weights out.
 
 Guidance of the objective is `train_guidance`, 1 by default: the unconditional branch is not
-evaluated at all. That of the field that a KL holds it near is `reference_guidance`. The micro-batch is the group. All draws are keyed by (seed, iteration, update,
-group).
+evaluated at all. That of the base which a KL holds it near is `reference_guidance`. The micro-batch
+is the group. All draws are keyed by (seed, iteration, update, group).
 """
 
 from __future__ import annotations
