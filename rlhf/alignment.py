@@ -205,7 +205,7 @@ class AlignmentLearner:
             fields.append(
                 self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
             )
-        return fields[0] if len(fields) == 1 else kernels.guide(*fields, guidance)
+        return fields[0] if len(fields) == 1 else kernels.guide(fields[0], fields[1], guidance)
 
     def _forward_process(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
         loss, key = self.config.loss, (self.config.seed, self.iteration, update, rollouts.ref.group)

@@ -64,8 +64,8 @@ class Config:
     `scheme`. With `staleness` above 0 samples are made while earlier ones train, on weights that
     are that many updates older. `ema`: slot `ema` keeps this share of itself at every update; 0 =
     there is none. `refill`: rounds in which groups without a live sample are replaced by those of
-    further prompts. With `reference_guidance` above 1 the base that `loss.kl` holds the weights near
-    is the guided one: the unguided policy takes its guidance in.
+    further prompts. With `reference_guidance` above 1 the base that `loss.kl` holds the weights
+    near is the guided one: the unguided policy takes its guidance in.
     """
 
     name: str = "align"
