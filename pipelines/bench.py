@@ -266,8 +266,9 @@ def bare_rollouts(config: AlignConfig, plan: Plan, repeats: int) -> dict[int, li
     taken: dict[int, list[float]] = {1: [], config.cluster.rollout_workers: []}
     with BareTimes(config) as times:
         for number in range(1, repeats + 2):
+            prompts = plan.request(number).prompts
             for processes, seconds in taken.items():
-                seconds.append(times.shared(plan.request(number).prompts, processes))
+                seconds.append(times.shared(prompts, processes))
     return {processes: seconds[1:] for processes, seconds in taken.items()}
 
 

@@ -330,9 +330,7 @@ class AlignmentLearner:
         sigma = torch.full((len(x0),), 0.7)
         x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
         size = (rollouts.geometry.height, rollouts.geometry.width)
-        prompt = rollouts.ref.prompt
-        condition = self.policy.encode(prompt.text, [images.load_image(p) for p in prompt.sources])
-        empty = self.policy.encode(prompt.negative, [images.load_image(p) for p in prompt.sources])
+        condition, empty = self._conditions(rollouts, guided=True)
         v, ref = (
             self.policy.velocity(x, sigma, condition, size=size, slot=s)
             for s in ("train", "reference")

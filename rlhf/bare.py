@@ -88,16 +88,16 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
     """
     loss = alignment.loss
     ratio = loss.loss.form is not None
-    branches = 2 if alignment.train_guidance > 1 else 1
+    branches = _branches(alignment.train_guidance)
     old = () if ratio else (branches,)
-    near = (2 if alignment.guidance_of(slot) > 1 else 1 for slot, _ in loss.penalties)
+    near = (_branches(alignment.guidance_of(slot)) for slot, _ in loss.penalties)
     trained = len(sampler.trained) or sampler.window[1] - sampler.window[0]
     return Work(
         groups=groups,
         group_size=group_size,
         steps=sampler.steps,
         shared=sampler.shared_steps,
-        branches=2 if sampler.guidance > 1 else 1,
+        branches=_branches(sampler.guidance),
         updates=loss.updates_per_rollout,
         train_rows=group_size * (trained if ratio else 1),
         train_branches=branches,
@@ -105,6 +105,11 @@ def work_of(groups: int, group_size: int, sampler: Sampler, alignment: Alignment
         replayed=int(ratio and loss.old_logp == "replay"),
         cached_prefix=sampler.cached_prefix,
     )
+
+
+def _branches(guidance: float) -> int:
+    """Calls that make up a field: above 1 the unconditional one as well."""
+    return 2 if guidance > 1 else 1
 
 
 @contextmanager
@@ -135,7 +140,7 @@ class Bare:
     def train(self, prompts: Sequence[Prompt]) -> float:
         """The forwards and backwards of all updates on one group of each prompt."""
         trained = self.work.train_branches
-        most = max(trained, *self.work.still, 1)
+        most = max((trained, *self.work.still))
         conditions = [self._conditions(prompt, most) for prompt in prompts]
         inputs = [self._inputs(self.work.train_rows, self._size(prompt)) for prompt in prompts]
         parameters = list(self.policy.slots.parameters.values())
