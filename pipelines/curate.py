@@ -93,9 +93,7 @@ class Config:
 
 def plan(config: Config) -> str:
     """The arithmetic, for --dry-run."""
-    parts = config.prompts.sources.values()
-    counted = [p.count for p in parts] if parts else [config.prompts.count]
-    number = str(sum(counted)) if all(counted) else "all"
+    number = config.prompts.asked() or "all"
     forwards = config.rollout.forwards(config.group_size)
     lines = [
         f"{number} prompts x {config.group_size} samples, {forwards} forwards each prompt",

@@ -359,7 +359,8 @@ def plan_fewstep(config: FewstepConfig) -> str:
             f"{rows * (1 + turns)} rows forward and backward (fake score: {rows * turns}), about"
             f" {rows * (3 + way * (1 + turns)):.0f} forward"
         )
-    kept = config.prompts.count * config.noises * config.copies if config.method != "dmd" else 0
+    made = config.prompts.asked() * config.noises * config.copies or "all"
+    kept = 0 if config.method == "dmd" else made
     return "\n".join(
         [
             f"{config.pace.steps} steps of {rows} pictures at {steps} noise levels; each {each}",

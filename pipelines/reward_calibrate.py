@@ -84,8 +84,7 @@ class CalibrateConfig:
 
 def plan_calibrate(config: CalibrateConfig) -> str:
     """The arithmetic, for --dry-run."""
-    parts = config.prompts.sources
-    prompts = sum(p.count for p in parts.values()) if parts else config.prompts.count
+    prompts = config.prompts.asked()
     versions = 1 + len(panel.harmless(np.zeros((1, 3, 8, 8), np.uint8)))
     again = prompts * config.rescored * versions
     return "\n".join(

@@ -67,6 +67,11 @@ class PromptSet:
         if self.count < 0:
             raise ConfigError(f"prompts.count: expected 0 (all) or more, got {self.count}")
 
+    def asked(self) -> int:
+        """How many prompts are asked for, those of all sources together; 0 = all there are."""
+        counts = [part.count for part in self.sources.values()] or [self.count]
+        return sum(counts) if all(counts) else 0
+
     def shares(self) -> dict[str, int]:
         """Source -> share of a batch; empty for a set of one source."""
         return {source: part.share for source, part in self.sources.items()}

@@ -15,7 +15,7 @@ from rlhf.distill.bundles import Bundles
 from rlhf.distill.trajectories import student_states
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.policies.open import Opening, open_policy
-from rlhf.prompts import load_prompts
+from rlhf.prompts import Part, PromptSet, load_prompts
 from rlhf.run import Run
 from rlhf.sampling import Sampler, sample
 from tests.pipelines.conftest import make_run
@@ -385,4 +385,7 @@ def test_plans_count_rows():
     text = distill.plan_fewstep(FewstepConfig(per=4, copies=2))
     assert "8 pictures at 4 noise levels; each 32 rows forward and backward" in text
     assert "fake score: 40" in distill.plan_fewstep(FewstepConfig(per=4, copies=2, method="dmd"))
+    mixed = PromptSet(sources={"scenes/text/1@train": Part(count=3), "mine.jsonl": Part(count=2)})
+    counted = distill.plan_fewstep(FewstepConfig(prompts=mixed, noises=2, copies=4))
+    assert "40 trajectories of the teacher at most" in counted
     assert "80 rows forward and backward" in distill.plan_opd(OpdConfig(per=4, copies=2))
