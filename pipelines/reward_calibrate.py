@@ -84,15 +84,13 @@ class CalibrateConfig:
 
 def plan_calibrate(config: CalibrateConfig) -> str:
     """The arithmetic, for --dry-run."""
-    prompts = config.prompts.asked()
     versions = 1 + len(panel.harmless(np.zeros((1, 3, 8, 8), np.uint8)))
-    again = prompts * config.rescored * versions
     return "\n".join(
         [
-            f"{prompts} prompts x {config.group_size} samples = {prompts * config.group_size}"
-            f" pictures, {config.rollout.steps} steps each",
-            f"each of {len(config.judges)} judges: {prompts * config.group_size} calls, and {again}"
-            f" for its noise; {len(config.gold)} gold judges",
+            f"{config.prompts.asked() or 'all'} prompts x {config.group_size} samples,"
+            f" {config.rollout.steps} steps each",
+            f"each of {len(config.judges)} judges: {config.group_size} calls each prompt, and"
+            f" {config.rescored * versions} for its noise; {len(config.gold)} gold judges",
             f"writes {config.out}/weights.yaml",
         ]
     )
