@@ -1,11 +1,11 @@
 """`rlhf bench step`: one iteration against the forwards and backwards that it needs.
 
 Bare: exactly those calls, at the same batch shapes, in as many processes with as many threads as
-the real iteration has (rollouts in the rollout workers' number, training in one). Real: iterations
-of the cluster with its judges, decoder, optimiser and hand-over. Both are measured in turn and
-their medians compared; `bench/efficiency` is bare over real.
+the real iteration has: rollouts in the rollout workers' number, training in the learners'. Real:
+iterations of the cluster with its judges, decoder, optimiser and hand-over. Both are measured in
+turn and their medians compared; `bench/efficiency` is bare over real.
 
-`bench/ray_overhead`: one rollout worker and the learner on Ray, over the same in this process, - 1.
+`bench/ray_overhead`: one rollout worker and one learner on Ray, over the same in this process, - 1.
 
 `rlhf bench scaling`: the rollout phase with one worker and with as many as configured, in turn, and
 the bare forwards likewise: `bench/rollout/bare_speedup` is what these cores give to processes that
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rlhf import config as config_module
-from rlhf.bare import builder, work_of
+from rlhf.bare import Work, builder, work_of
 from rlhf.cluster import make_cluster, room_for
 from rlhf.cluster.base import Cluster, ClusterConfig, Recipe
 from rlhf.cluster.pool import Here, Pool, Workers
@@ -60,11 +61,10 @@ class StepConfig:
         if self.repeats < 1:
             raise ConfigError(f"repeats: expected at least 1, got {self.repeats}: 5 is usual")
         c = self.target()
-        if c.staleness or c.cluster.learners > 1:
+        if c.staleness:
             raise ConfigError(
-                f"{self.align}: expected the synchronous loop and one learner, got staleness="
-                f"{c.staleness} and cluster.learners={c.cluster.learners}: write"
-                " overrides='[staleness=0, cluster.learners=1]'"
+                f"{self.align}: expected the synchronous loop, got staleness={c.staleness}: write"
+                " overrides='[staleness=0]'"
             )
 
     def target(self) -> AlignConfig:
@@ -142,45 +142,30 @@ class Bench:
             align(cluster, replace(self.plan, iterations=number), self.watches[name], number - 1)
 
 
-@dataclass
-class BareTimes:
-    """The bare work in processes of its own."""
+def _work(config: AlignConfig) -> Work:
+    sampler, alignment = config.usual_sampler(), config.recipe().alignment
+    return work_of(config.prompts_per_iteration, config.group_size, sampler, alignment)
 
-    config: AlignConfig
-    rollout: list[float] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
 
-    def __enter__(self) -> BareTimes:
-        c = self.config
-        sampler = c.usual_sampler()
-        work = work_of(c.prompts_per_iteration, c.group_size, sampler, c.recipe().alignment)
-        self.work, build = work, builder(c.policy, work, sampler)
-        self.rollouts: Workers
-        if c.cluster.kind == "local":
-            self.rollouts = Here(build, c.cluster.rollout_threads)
-            self.learner: Workers = Here(build, c.cluster.learner_threads)
-        else:
-            limits = {"timeout": c.cluster.timeout_seconds, "address": c.cluster.address}
-            count, threads = c.cluster.rollout_workers, c.cluster.rollout_threads
-            self.rollouts = Pool(build, count, threads, **limits)
-            self.learner = Pool(build, 1, c.cluster.learner_threads, **limits)
-        self.processes = 1 if c.cluster.kind == "local" else c.cluster.rollout_workers
-        return self
+@contextmanager
+def bare(config: AlignConfig, count: int, threads: int) -> Iterator[Workers]:
+    """The bare work of an iteration in `count` processes, or in this one where all is local."""
+    c, build = config.cluster, builder(config.policy, _work(config), config.usual_sampler())
+    workers: Workers = (
+        Here(build, threads)
+        if c.kind == "local"
+        else Pool(build, count, threads, timeout=c.timeout_seconds, address=c.address)
+    )
+    try:
+        yield workers
+    finally:
+        workers.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.learner.close()
-        self.rollouts.close()
 
-    def iteration(self, plan: Plan, number: int) -> None:
-        """Time the work of iteration `number`: the slowest rollout process, then training."""
-        prompts = plan.request(number).prompts
-        self.rollout.append(self.shared(prompts, self.processes))
-        self.train.append(self.learner.each("train", prompts)[0])
-
-    def shared(self, prompts: Sequence[Prompt], count: int) -> float:
-        """Seconds of the forwards of sampling in the slowest of `count` processes."""
-        shares = [prompts[i::count] for i in range(count)]
-        return max(seconds for _, seconds in self.rollouts.map("rollout", shares))
+def slowest(workers: Workers, verb: str, prompts: Sequence[Prompt], count: int) -> float:
+    """Seconds of the slowest of `count` processes that share the bare work on some prompts."""
+    shares = [prompts[i::count] for i in range(count)]
+    return max(seconds for _, seconds in workers.map(verb, shares))
 
 
 def step(config: StepConfig) -> dict[str, Any]:
@@ -263,12 +248,13 @@ def bare_rollouts(config: AlignConfig, plan: Plan, repeats: int) -> dict[int, li
     """Seconds of the bare forwards of the same iterations in one process and in as many as there
     are rollout workers, in turn.
     """
-    taken: dict[int, list[float]] = {1: [], config.cluster.rollout_workers: []}
-    with BareTimes(config) as times:
+    most = config.cluster.rollout_workers
+    taken: dict[int, list[float]] = {1: [], most: []}
+    with bare(config, most, config.cluster.rollout_threads) as workers:
         for number in range(1, repeats + 2):
             prompts = plan.request(number).prompts
             for processes, seconds in taken.items():
-                seconds.append(times.shared(prompts, processes))
+                seconds.append(slowest(workers, "rollout", prompts, processes))
     return {processes: seconds[1:] for processes, seconds in taken.items()}
 
 
@@ -313,15 +299,26 @@ def summarise_scaling(result: Mapping[str, Any]) -> str:
 
 
 def _efficiency(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:
-    real = {"real": config.cluster}
-    with room_for(config.cluster), BareTimes(config) as bare, Bench(config, real) as bench:
+    c, alone = config.cluster, config.cluster.kind == "local"
+    processes = {
+        "rollout": (1 if alone else c.rollout_workers, c.rollout_threads),
+        "train": (1 if alone else c.learners, c.learner_threads),
+    }
+    times: dict[str, list[float]] = {phase: [] for phase in processes}
+    with ExitStack() as stack:
+        stack.enter_context(room_for(c))
+        workers = {
+            phase: stack.enter_context(bare(config, *those)) for phase, those in processes.items()
+        }
+        real = stack.enter_context(Bench(config, {"real": c}))
         for number in range(1, repeats + 2):
-            bare.iteration(bench.plan, number)
-            bench.iteration(number)
+            prompts = real.plan.request(number).prompts
+            for phase, (count, _) in processes.items():
+                times[phase].append(slowest(workers[phase], phase, prompts, count))
+            real.iteration(number)
             advance()
-        rollout, train = (statistics.median(times[1:]) for times in (bare.rollout, bare.train))
-        counts = bare.work.counts()
-        taken = {phase: bench.watches["real"].seconds(phase) for phase in PHASES}
+        taken = {phase: real.watches["real"].seconds(phase) for phase in PHASES}
+    rollout, train = (statistics.median(seconds[1:]) for seconds in times.values())
     figures: dict[str, float] = {
         "bench/efficiency": (rollout + train) / taken["total"],
         "bench/bare_seconds": rollout + train,
@@ -333,12 +330,12 @@ def _efficiency(config: AlignConfig, repeats: int, advance) -> dict[str, dict[st
     table: dict[str, dict[str, float | int]] = {
         name: {"value": value, "n": repeats} for name, value in figures.items()
     }
-    table |= {name: {"value": value} for name, value in counts.items()}
+    table |= {name: {"value": value} for name, value in _work(config).counts().items()}
     return table
 
 
 def _overhead(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str, float | int]]:
-    one = replace(config.cluster, kind="ray", rollout_workers=1, reward_workers=1)
+    one = replace(config.cluster, kind="ray", rollout_workers=1, reward_workers=1, learners=1)
     clusters = {"ray": one, "local": replace(one, kind="local")}
     with Bench(config, clusters) as bench:
         for number in range(1, repeats + 2):
@@ -354,11 +351,7 @@ def _overhead(config: AlignConfig, repeats: int, advance) -> dict[str, dict[str,
 
 def plan_step(config: StepConfig) -> str:
     """The counts, for --dry-run."""
-    target = config.target()
-    alignment = target.recipe().alignment
-    sampler = target.usual_sampler()
-    work = work_of(target.prompts_per_iteration, target.group_size, sampler, alignment)
-    lines = [f"{name:<30} {value}" for name, value in work.counts().items()]
+    lines = [f"{name:<30} {value}" for name, value in _work(config.target()).counts().items()]
     return "\n".join([f"one iteration of {config.align}:", *lines])
 
 

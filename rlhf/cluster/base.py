@@ -36,7 +36,8 @@ from rlhf.types import Advantages, GroupRef, Prompt, Rollouts, StepReport, Versi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """`ray` places rollout, reward and learner actors; `local` does everything in this process.
+    """`ray` places rollout, reward and learner actors; `local` does everything in this process,
+    with one of each whatever their numbers are.
 
     Results do not depend on `rollout_workers`, only on threads per process; on `learners` in the
     last bits. `colocated`: rollout worker i and learner i take turns on the same cores or GPU;
@@ -75,11 +76,6 @@ class ClusterConfig:
             raise ConfigError(
                 "cluster: expected timeout_seconds and judge_seconds above 0 and restarts of 0 or"
                 f" more, got {self.timeout_seconds}, {self.judge_seconds} and {self.restarts}"
-            )
-        if self.kind == "local" and self.learners > 1:
-            raise ConfigError(
-                f"cluster.learners: expected 1 in one process, got {self.learners}: write"
-                " cluster.kind=ray"
             )
         shared = self.gpus_per_worker + self.gpus_per_learner
         if self.layout == "colocated" and shared > 1:
