@@ -331,11 +331,13 @@ class AlignmentLearner:
         x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
         size = (rollouts.geometry.height, rollouts.geometry.width)
         condition, empty = self._conditions(rollouts, guided=True)
-        v, ref = (
-            self.policy.velocity(x, sigma, condition, size=size, slot=s)
-            for s in ("train", "reference")
+        fields = (("train", condition), ("reference", condition), ("reference", empty))
+        v, ref, v_u = (
+            self.policy.velocity(
+                x, sigma, c, size=size, prefix=self.policy.prefix(c, slot, once=True), slot=slot
+            )
+            for slot, c in fields
         )
-        v_u = self.policy.velocity(x, sigma, empty, size=size, slot="reference")
         moved, along = (v - ref).flatten(1), (ref - v_u).flatten(1)
         return {
             "norm/velocity_ratio": float(v.norm() / ref.norm()),

@@ -98,6 +98,7 @@ class Learner:
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def rate(self) -> float:

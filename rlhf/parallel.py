@@ -89,7 +89,9 @@ class Replicas:
         first = next(iter(parameters.values()))
         self._idle = torch.nn.Parameter(first.new_zeros(1))  # else torch warns that all are used
         held = torch.nn.ParameterList([*parameters.values(), self._idle])
-        self._ddp = DistributedDataParallel(_Whole(held), find_unused_parameters=True)
+        self._ddp = DistributedDataParallel(
+            _Whole(held), find_unused_parameters=True, gradient_as_bucket_view=True
+        )
 
     def backward(
         self, objective: Loss, batch: Any, last: bool

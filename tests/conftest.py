@@ -14,6 +14,16 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """With several processes (`pytest -n 2 --dist loadgroup`) the tests of a file stay together, and
+    all files that start a Ray.
+    """
+    starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        group = "ray" if item.path in starts_ray else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def ray_head():
     """One Ray for the whole session, with room for every cluster of the tests."""

@@ -72,7 +72,6 @@ def test_seats_of_both_layouts():
             {"learners": 2, "gpus_per_worker": 0.25, "gpus_per_learner": 0.25},
             "no two learners fit on one GPU",
         ),
-        ({"kind": "local", "learners": 2}, "write cluster.kind=ray"),
         ({"judge_seconds": 0.0}, "above 0"),
         ({"restarts": -1}, "restarts of 0 or more"),
     ],
