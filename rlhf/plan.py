@@ -236,6 +236,13 @@ class Config:
             raise ConfigError(
                 f"advantage_clip: expected a positive number, got {self.advantage_clip}: 5 is usual"
             )
+        updates = self.iterations * self.loss.updates_per_rollout
+        if 0 < self.learner.total_steps < updates:
+            raise ConfigError(
+                f"learner.total_steps: expected at least the {updates} updates of {self.iterations}"
+                f" iterations, got {self.learner.total_steps}: the rate would stay at its lowest; 0"
+                " keeps it constant"
+            )
         self.prompts.check_batch(self.prompts_per_iteration)
         protocol = self.protocol()
         protocol.check()

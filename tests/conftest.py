@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes (`pytest -n 2 --dist loadgroup`) the tests of a file stay together, and
-    all files that start a Ray.
+    """On several processes (`pytest -n 2 --dist loadgroup`) the tests of a file stay together, and so
+    do all files that start a Ray.
     """
     starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
     for item in items:

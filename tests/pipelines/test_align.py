@@ -127,6 +127,10 @@ BAD = {
     "replay of a forward loss": (("loss.old_logp=replay",), "no log-prob that could be computed"),
     "kl to an average that is not kept": (("loss.kl_ema=0.1",), "write ema=0.99"),
     "evaluation of an average that is not kept": (("evaluation.slot=ema",), "write ema=0.99"),
+    "a rate that is down before the end": (
+        ("iterations=4", "loss.updates_per_rollout=3", "learner.total_steps=11"),
+        "the 12 updates",
+    ),
     "a decay of one": (("ema=1.0",), "ema: expected a decay"),
     "more noise than there is": (
         ("loss.name=grpo", "rollout.kernel=cps", "rollout.window=[0,1]", "rollout.noise_level=1.2"),
