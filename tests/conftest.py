@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """On several processes (`pytest -n 2 --dist loadgroup`) the tests of a file stay together, and so
+    """On several processes (`pytest -n 2 --dist loadgroup`) the tests of a file stay together, as
     do all files that start a Ray.
     """
     starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
