@@ -50,7 +50,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.flatten().view(torch.uint8).numpy())  # as they lie there, no copy
+        total.update(value.flatten().view(torch.uint8).numpy().data)  # no copy
     return total.hexdigest()
 
 
