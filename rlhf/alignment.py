@@ -107,7 +107,8 @@ class AlignmentLearner:
         last: dict[str, float] = {}
         if not advantages.live_PG.any():
             first = last = {"loss": 0.0, "grad_norm": 0.0}
-        for update in range(self.config.loss.updates_per_rollout if not last else 0):
+        updates = range(self.config.loss.updates_per_rollout if not last else 0)
+        for update in updates:
             terms: list[LossTerms] = []
 
             def objective(item: tuple[Rollouts, Tensor, Tensor], update=update, terms=terms):
@@ -117,8 +118,9 @@ class AlignmentLearner:
 
             outcome = self.learner.step(batch, objective)
             self._average(outcome.skipped)
-            last = self._summary(terms) | {"grad_norm": outcome.grad_norm}
-            first = first or last
+            if update in (updates[0], updates[-1]):  # no one looks at the others
+                last = self._summary(terms) | {"grad_norm": outcome.grad_norm}
+                first = first or last
         self._replayed.clear()
         self._remember()
         self.iteration += 1
