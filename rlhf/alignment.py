@@ -199,15 +199,19 @@ class AlignmentLearner:
 
     def _velocity(self, x: Tensor, sigma: Tensor, rollouts: Rollouts, slot: str) -> Tensor:
         """The field of a slot: v_c, or the guided one where its guidance says so."""
-        size = (rollouts.geometry.height, rollouts.geometry.width)
-        guidance, fields = self.config.guidance_of(slot), []
-        for condition in self._conditions(rollouts, guidance > 1):
-            shared = rollouts.geometry.cached_prefix
-            prefix = self.policy.prefix(condition, slot, once=True) if shared else None
-            fields.append(
-                self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
-            )
+        guidance = self.config.guidance_of(slot)
+        conditions = self._conditions(rollouts, guidance > 1)
+        fields = [self._branch(x, sigma, rollouts, condition, slot) for condition in conditions]
         return fields[0] if len(fields) == 1 else kernels.guide(fields[0], fields[1], guidance)
+
+    def _branch(
+        self, x: Tensor, sigma: Tensor, rollouts: Rollouts, condition: Condition, slot: str
+    ) -> Tensor:
+        """The velocity of a slot under one condition, its prefix shared as in the rollouts."""
+        geometry = rollouts.geometry
+        size = (geometry.height, geometry.width)
+        prefix = self.policy.prefix(condition, slot, once=True) if geometry.cached_prefix else None
+        return self.policy.velocity(x, sigma, condition, size=size, prefix=prefix, slot=slot)
 
     def _forward_process(self, rollouts: Rollouts, advantage_G, weight_G, update: int) -> LossTerms:
         loss, key = self.config.loss, (self.config.seed, self.iteration, update, rollouts.ref.group)
@@ -331,15 +335,9 @@ class AlignmentLearner:
         rows = noise.generator(22, self.config.seed, self.iteration)
         sigma = torch.full((len(x0),), 0.7)
         x = noised(x0, torch.randn(x0.shape, generator=rows), sigma)
-        size = (rollouts.geometry.height, rollouts.geometry.width)
         condition, empty = self._conditions(rollouts, guided=True)
         fields = (("train", condition), ("reference", condition), ("reference", empty))
-        v, ref, v_u = (
-            self.policy.velocity(
-                x, sigma, c, size=size, prefix=self.policy.prefix(c, slot, once=True), slot=slot
-            )
-            for slot, c in fields
-        )
+        v, ref, v_u = (self._branch(x, sigma, rollouts, c, slot) for slot, c in fields)
         moved, along = (v - ref).flatten(1), (ref - v_u).flatten(1)
         return {
             "norm/velocity_ratio": float(v.norm() / ref.norm()),
